@@ -1,0 +1,156 @@
+"""Logits to labels, and how good the labels are.
+
+The decision rule of the whole project lives here: a label is given when its probability is strictly
+greater than its threshold, DEFAULT_THRESHOLD unless tuned. All figures come from running counts, so
+that memory does not grow with the data and several processes can add theirs together.
+"""
+
+import numpy as np
+
+DEFAULT_THRESHOLD = 0.5
+
+
+def probabilities(logits):
+    """Sigmoid of the logits, float32, same shape; written with tanh so that nothing overflows."""
+    return 0.5 * (1.0 + np.tanh(0.5 * np.asarray(logits, dtype=np.float32)))
+
+
+def decode(probs, thresholds=None):
+    """Boolean decisions [batch, classes]: probability > threshold (scalar or [classes])."""
+    if thresholds is None:
+        thresholds = DEFAULT_THRESHOLD
+    return np.asarray(probs) > np.asarray(thresholds, dtype=np.float32)
+
+
+def label_names(decisions, labels):
+    """Names of the given labels, one list per row, in the order of `labels`."""
+    return [[labels[i] for i in np.flatnonzero(row)] for row in decisions]
+
+
+def bce_sum(logits, targets):
+    """Sum of the binary cross-entropy over all elements, computed in float64."""
+    x = np.asarray(logits, dtype=np.float64)
+    return float(np.sum(np.maximum(x, 0.0) - x * targets + np.log1p(np.exp(-np.abs(x)))))
+
+
+def _ratio(numerator, denominator):
+    """Element-wise quotient, 0 where the denominator is 0 (scikit-learn's zero_division=0)."""
+    numerator = np.asarray(numerator, dtype=np.float64)
+    denominator = np.asarray(denominator, dtype=np.float64)
+    return np.divide(numerator, denominator, np.zeros_like(numerator), where=denominator != 0)
+
+
+def precision_recall_f1(tp, fp, fn):
+    """Precision, recall and F1 from counts, element-wise; as scikit-learn defines them."""
+    precision, recall = _ratio(tp, tp + fp), _ratio(tp, tp + fn)
+    return precision, recall, _ratio(2.0 * tp, 2.0 * tp + fp + fn)
+
+
+class MultiLabelCounts:
+    """Running counts of true positives, false positives and false negatives per class.
+
+    `update` takes 0/1 or boolean arrays [batch, classes]; time and memory are linear in what it gets.
+    """
+
+    def __init__(self, num_labels):
+        self.tp = np.zeros(num_labels, dtype=np.int64)
+        self.fp = np.zeros(num_labels, dtype=np.int64)
+        self.fn = np.zeros(num_labels, dtype=np.int64)
+        self.exact = 0  # samples whose predicted set equals the gold set
+        self.samples = 0
+
+    def update(self, decisions, targets):
+        predicted, gold = np.asarray(decisions, dtype=bool), np.asarray(targets, dtype=bool)
+        self.tp += np.sum(predicted & gold, axis=0)
+        self.fp += np.sum(predicted & ~gold, axis=0)
+        self.fn += np.sum(~predicted & gold, axis=0)
+        self.exact += int(np.sum(np.all(predicted == gold, axis=1)))
+        self.samples += len(gold)
+
+    def to_array(self):
+        """All counts in one int64 array; arrays of several processes may be added."""
+        return np.concatenate([self.tp, self.fp, self.fn, [self.exact, self.samples]])
+
+    @classmethod
+    def from_array(cls, array):
+        counts = cls((len(array) - 2) // 3)
+        counts.tp, counts.fp, counts.fn = np.split(np.asarray(array[:-2], dtype=np.int64), 3)
+        counts.exact, counts.samples = int(array[-2]), int(array[-1])
+        return counts
+
+    @property
+    def micro_f1(self):
+        return float(precision_recall_f1(self.tp.sum(), self.fp.sum(), self.fn.sum())[2])
+
+    @property
+    def macro_f1(self):
+        """Unweighted mean over all classes; one without gold and predicted samples counts as 0."""
+        return float(np.mean(precision_recall_f1(self.tp, self.fp, self.fn)[2]))
+
+    def report(self, labels):
+        """All figures as plain numbers (fractions, not percent), per class in the order of `labels`."""
+        precision, recall, f1 = precision_recall_f1(self.tp, self.fp, self.fn)
+        micro = precision_recall_f1(self.tp.sum(), self.fp.sum(), self.fn.sum())
+        keys = ("precision", "recall", "f1")
+        return {
+            "samples": self.samples,
+            "subset_accuracy": self.exact / max(1, self.samples),
+            "micro": dict(zip(keys, map(float, micro))),
+            "macro": dict(zip(keys, (float(np.mean(v)) for v in (precision, recall, f1)))),
+            "classes": [
+                {
+                    "label": label,
+                    "support": int(self.tp[i] + self.fn[i]),
+                    "predicted": int(self.tp[i] + self.fp[i]),
+                    "precision": float(precision[i]),
+                    "recall": float(recall[i]),
+                    "f1": float(f1[i]),
+                }
+                for i, label in enumerate(labels)
+            ],
+        }
+
+
+def best_threshold(probs, targets):
+    """The threshold that gives one class its best F1, and that F1.
+
+    probs, targets: [samples]. Candidates are the midpoints between neighbouring distinct
+    probabilities, so that scores close to a sample's do not flip it; of equally good ones the nearest
+    to DEFAULT_THRESHOLD. A class without positive samples keeps DEFAULT_THRESHOLD.
+    """
+    targets = np.asarray(targets, dtype=bool)
+    if not targets.any():
+        return DEFAULT_THRESHOLD, 0.0
+    order = np.argsort(-probs, kind="stable")
+    scores, tp = np.asarray(probs, dtype=np.float64)[order], np.cumsum(targets[order])
+    f1 = 2.0 * tp / (np.arange(1, len(scores) + 1) + targets.sum())
+    following = np.append(scores[1:], 0.0)
+    distinct = scores > following  # a cut between equal probabilities is none
+    candidates, f1 = ((scores + following) / 2)[distinct], f1[distinct]
+    best = np.flatnonzero(f1 == f1.max())
+    nearest = best[np.argmin(np.abs(candidates[best] - DEFAULT_THRESHOLD))]
+    return float(candidates[nearest]), float(f1[nearest])
+
+
+def tune_thresholds(probs, targets, folds=5, seed=3):
+    """One threshold per class on all data, and what such thresholds give on data they have not seen.
+
+    probs, targets: [samples, classes]. Each fold is decided with thresholds chosen on the others, so
+    the returned counts are an out-of-sample estimate (cross-validation; Yang 2001, "A study of
+    thresholding strategies for text categorization", calls the method SCut).
+    Returns (thresholds [classes], MultiLabelCounts of the held-out decisions).
+    Raises ValueError if there are fewer samples than folds.
+    """
+    targets = np.asarray(targets, dtype=bool)
+    if len(targets) < folds:
+        raise ValueError(f"{len(targets)} samples are too few for {folds} folds")
+    fold_of = np.random.default_rng(seed).permutation(len(targets)) % folds
+    held_out = MultiLabelCounts(targets.shape[1])
+
+    def choose(rows):
+        return [best_threshold(probs[rows, c], targets[rows, c])[0] for c in range(probs.shape[1])]
+
+    for fold in range(folds):
+        inside = fold_of == fold
+        held_out.update(decode(probs[inside], choose(~inside)), targets[inside])
+    return choose(np.ones(len(targets), dtype=bool)), held_out

@@ -1,0 +1,204 @@
+"""Label the texts of data.txt with a trained checkpoint.
+
+    python predict.py --device cpu --dataset_dir data --params_path ./checkpoint --output_file output.txt
+
+On the CPU the static graph runs (about four times as fast as dygraph), elsewhere dygraph. Under
+`python -m paddle.distributed.launch` the ranks share the file and rank 0 merges their parts in order.
+"""
+
+import zlib  # noqa: F401  libpaddle exports zlib symbols of its own; loaded after it, zlib crashes
+
+import argparse
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import paddle
+import paddle.distributed as dist
+import paddle.inference
+from tqdm import tqdm
+
+import metric
+import utils
+from export_model import load_checkpoint, save_static
+from utils import UserError, logger
+
+CHUNK = 8192  # texts held in memory and sorted by length at a time
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    data = parser.add_argument_group("data")
+    data.add_argument("--dataset_dir", required=True, help="folder of the data and label files")
+    data.add_argument("--data_file", default="data.txt", help="texts, one per line")
+    data.add_argument(
+        "--label_file", default="label.txt", help="checked against the checkpoint if it exists"
+    )
+    data.add_argument(
+        "--output_file", default="output.txt", help="result; JSON lines if it ends in .jsonl"
+    )
+    data.add_argument(
+        "--output_scores", action="store_true", help="also write the probability of every label"
+    )
+    model = parser.add_argument_group("model")
+    model.add_argument("--params_path", default="./checkpoint/", help="checkpoint folder")
+    model.add_argument(
+        "--max_seq_length", type=int, help="longest sequence (default: the checkpoint's)"
+    )
+    model.add_argument("--batch_size", type=int, default=32, help="texts per forward pass")
+    model.add_argument("--device", default="gpu", help="cpu, gpu, gpu:0, xpu or npu")
+    return parser.parse_args(argv)
+
+
+def set_device(device):
+    try:
+        paddle.set_device(device)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(
+            f"--device {device}: this PaddlePaddle cannot use it; use --device cpu or install the "
+            f"matching build (requirements-gpu.txt for gpu)"
+        ) from error
+
+
+def dygraph_forward(model):
+    """Forward of a dygraph model; see utils.run_batches."""
+
+    def forward(input_ids, token_type_ids):
+        with paddle.no_grad():
+            logits = model(paddle.to_tensor(input_ids), paddle.to_tensor(token_type_ids))
+        return logits.astype("float32").numpy()
+
+    return forward
+
+
+def static_forward(prefix, num_threads):
+    """Forward of the static graph `<prefix>.pdmodel` on the CPU; see utils.run_batches."""
+    config = paddle.inference.Config(f"{prefix}.pdmodel", f"{prefix}.pdiparams")
+    config.disable_gpu()
+    config.disable_glog_info()
+    config.enable_mkldnn()
+    config.set_mkldnn_cache_capacity(16)  # bounds the memory: one entry per batch shape
+    config.set_cpu_math_library_num_threads(num_threads)
+    predictor = paddle.inference.create_predictor(config)
+    inputs = [predictor.get_input_handle(name) for name in ("input_ids", "token_type_ids")]
+    output = predictor.get_output_handle(predictor.get_output_names()[0])
+
+    def forward(input_ids, token_type_ids):
+        for handle, array in zip(inputs, (input_ids, token_type_ids)):
+            handle.reshape(array.shape)
+            handle.copy_from_cpu(array)
+        predictor.run()
+        return output.copy_to_cpu()
+
+    return forward
+
+
+def num_cpus():
+    """Cores that this process may use, shared among the ranks of a launch."""
+    return max(1, len(os.sched_getaffinity(0)) // dist.get_world_size())
+
+
+def load_forward(params_path, device):
+    """Returns (forward, utils.ModelInfo) of a checkpoint: static graph on the CPU, else dygraph."""
+    set_device(device)
+    model, info = load_checkpoint(params_path)
+    if device != "cpu":
+        return dygraph_forward(model), info
+    with tempfile.TemporaryDirectory() as folder:
+        save_static(model, Path(folder) / "model")
+        return static_forward(Path(folder) / "model", num_cpus()), info
+
+
+def write_header(file, labels, jsonl, output_scores):
+    if not jsonl:
+        file.write("\t".join(["text", "label", *(labels if output_scores else [])]) + "\n")
+
+
+def write_rows(file, texts, probs, decisions, labels, jsonl, output_scores):
+    """One line per text; a TSV cell can't hold a tab, so a tab inside a text becomes a space."""
+    for text, row, names in zip(texts, probs, metric.label_names(decisions, labels)):
+        if jsonl:
+            record = {"text": text, "labels": names}
+            if output_scores:
+                record["scores"] = {name: round(float(p), 6) for name, p in zip(labels, row)}
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        else:
+            scores = [f"{p:.6f}" for p in row] if output_scores else []
+            file.write("\t".join([text.replace("\t", " "), ",".join(names), *scores]) + "\n")
+
+
+def merge_parts(file, parts):
+    """Rank r wrote the chunks r, r + world size, ...; takes them back in turn."""
+    handles = [open(part, encoding="utf-8", newline="\n") for part in parts]
+    turn = 0
+    while lines := [line for _, line in zip(range(CHUNK), handles[turn % len(handles)])]:
+        file.writelines(lines)
+        turn += 1
+    for handle in handles:
+        handle.close()
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    set_device(args.device)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    if args.batch_size < 1:
+        raise UserError(f"--batch_size {args.batch_size}: give at least 1")
+    data_path = Path(args.dataset_dir) / args.data_file
+    next(utils.read_texts(data_path))  # a wrong path should not cost the loading of the model
+    forward, info = load_forward(args.params_path, args.device)
+    utils.check_labels(Path(args.dataset_dir) / args.label_file, info.labels)
+    max_seq_length = args.max_seq_length or info.max_seq_length
+    utils.check_length(max_seq_length, info.max_position)
+    tokenizer = utils.load_tokenizer(args.params_path)
+    jsonl = args.output_file.endswith(".jsonl")
+    output = Path(args.output_file)
+    total = cut = 0
+
+    def predict(file):
+        """Writes the rows of this rank's chunks."""
+        nonlocal total, cut
+        chunks = utils.chunks(utils.read_texts(data_path), CHUNK)
+        for number, texts in enumerate(tqdm(chunks, unit="chunk", disable=None)):
+            if number % world_size != rank:
+                continue
+            encoded, chunk_cut = utils.encode(texts, tokenizer, max_seq_length)
+            total, cut = total + len(texts), cut + chunk_cut
+            logits = utils.logits_of(forward, encoded, args.batch_size, len(info.labels))
+            probs = metric.probabilities(logits)
+            decisions = metric.decode(probs, info.thresholds)
+            write_rows(file, texts, probs, decisions, info.labels, jsonl, args.output_scores)
+
+    if world_size == 1:
+        with utils.atomic_file(output) as file:
+            write_header(file, info.labels, jsonl, args.output_scores)
+            predict(file)
+    else:
+        predict_shared(predict, output, info.labels, jsonl, args.output_scores)
+    utils.warn_truncated(cut, total, max_seq_length)
+    if rank == 0:
+        logger.info("Prediction results save in %s.", output)
+
+
+def predict_shared(predict, output, labels, jsonl, output_scores):
+    """Every rank writes a part beside the output; rank 0 merges them when all are there."""
+    parts = [output.with_name(f".{output.name}.part{i}.tmp") for i in range(dist.get_world_size())]
+    dist.init_parallel_env()
+    try:
+        with utils.atomic_file(parts[dist.get_rank()]) as file:
+            predict(file)
+        dist.barrier()
+        if dist.get_rank() == 0:
+            with utils.atomic_file(output) as file:
+                write_header(file, labels, jsonl, output_scores)
+                merge_parts(file, parts)
+    finally:
+        dist.barrier()
+        parts[dist.get_rank()].unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    utils.cli(main)
