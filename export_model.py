@@ -66,5 +66,5 @@ def save_static(model, prefix):
         paddle.static.InputSpec([None, None], "int64", name)
         for name in ("input_ids", "token_type_ids")
     ]
-    static_model = paddle.jit.to_static(model, input_spec=inputs)
+    static_model = paddle.jit.to_static(model, input_spec=inputs, full_graph=True)
     paddle.jit.save(static_model, str(prefix))

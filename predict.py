@@ -54,6 +54,18 @@ def parse_args(argv=None):
 
 
 def set_device(device):
+    """Selects the device; on the CPU also lets the matrix library work at full speed.
+
+    MKL takes its slow SSE kernels on AMD processors unless told otherwise, and Paddle limits dygraph to
+    one thread; both variables are read at the first matrix product (benchmarks/cpu_math.py).
+    """
+    if device == "cpu":
+        cpuinfo = Path("/proc/cpuinfo")
+        features = cpuinfo.read_text() if cpuinfo.exists() else ""
+        if "AuthenticAMD" in features and "avx2" in features:
+            os.environ.setdefault("MKL_DEBUG_CPU_TYPE", "5")  # its AVX2 kernels
+        if os.environ.get("OMP_NUM_THREADS", "1") == "1":  # "1" is Paddle's own default
+            os.environ["OMP_NUM_THREADS"] = str(num_cpus())
     try:
         paddle.set_device(device)
     except (ValueError, RuntimeError) as error:

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import WordPiece
+from tqdm import tqdm
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model_state.pdparams"
@@ -121,7 +122,7 @@ def read_labels(path):
 def read_examples(path, labels):
     """Reads `text<TAB>label,label` lines of a train, dev or test file.
 
-    Returns (texts, label_ids): a list of str and a list of int lists, ids in the order of `labels`.
+    Returns (texts, label_ids): a list of str and a list of int lists, ids in the order of the line.
     `text<TAB>` is a sample without labels; blank lines are skipped with one warning; the header line
     that predict.py writes is skipped too, so that its output can be read back.
     Raises UserError that lists up to 10 offending lines.
@@ -154,7 +155,7 @@ def read_examples(path, labels):
                     f"it is not among the {len(labels)} label names"
                 )
             texts.append(fields[0].strip())
-            label_ids.append(sorted({ids[name] for name in names if name in ids}))
+            label_ids.append(list(dict.fromkeys(ids[name] for name in names if name in ids)))
     _raise_problems(problems)
     if not texts:
         raise UserError(f"{path}: no samples; write one text<TAB>label,label per line")
@@ -210,7 +211,6 @@ def load_tokenizer(folder):
     """
     folder, problems = Path(folder), []
     path = folder / "vocab.txt"
-    # As PaddleNLP does: the last of equal lines wins, trailing white space is no part of a token.
     vocab = {line.rstrip("\n"): number - 1 for number, line in _decoded_lines(path, problems)}
     _raise_problems(problems)
     missing = [token for token in SPECIAL_TOKENS if token not in vocab]
@@ -283,18 +283,21 @@ def pad(sequences, pad_id=0):
     return {"input_ids": input_ids, "token_type_ids": np.zeros_like(input_ids)}
 
 
-def run_batches(forward, encoded, batch_size, rank=0, world_size=1):
-    """Yields (batch number, example indices, logits); of several ranks each runs its own batches."""
-    lengths = [len(ids) for ids in encoded]
-    for number, index in enumerate(batches(lengths, batch_size)):
+def run_batches(forward, encoded, batch_size, rank=0, world_size=1, desc=None):
+    """Yields (batch number, example indices, logits); of several ranks each runs its own batches.
+
+    With `desc` a progress bar of that name is shown, on a terminal only.
+    """
+    plan = batches([len(ids) for ids in encoded], batch_size)
+    for number, index in enumerate(tqdm(plan, desc, leave=False, disable=None if desc else True)):
         if number % world_size == rank:
             yield number, index, forward(**pad([encoded[i] for i in index]))
 
 
-def logits_of(forward, encoded, batch_size, num_labels):
+def logits_of(forward, encoded, batch_size, num_labels, desc=None):
     """Logits of all examples in their own order, float32 [examples, classes]."""
     logits = np.empty((len(encoded), num_labels), dtype=np.float32)
-    for _, index, batch_logits in run_batches(forward, encoded, batch_size):
+    for _, index, batch_logits in run_batches(forward, encoded, batch_size, desc=desc):
         logits[index] = batch_logits
     return logits
 
