@@ -9,11 +9,15 @@ On the CPU the static graph runs (about four times as fast as dygraph), elsewher
 import zlib  # noqa: F401  libpaddle exports zlib symbols of its own; loaded after it, zlib crashes
 
 import argparse
+import contextlib
+import itertools
 import json
 import os
+import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import paddle
 import paddle.distributed as dist
 import paddle.inference
@@ -108,6 +112,15 @@ def static_forward(prefix, num_threads):
     return forward
 
 
+def all_reduce(array):
+    """Element-wise sum of a NumPy array over all ranks."""
+    if dist.get_world_size() == 1:
+        return array
+    tensor = paddle.to_tensor(array)
+    dist.all_reduce(tensor)
+    return tensor.numpy()
+
+
 def num_cpus():
     """Cores that this process may use, shared among the ranks of a launch."""
     return max(1, len(os.sched_getaffinity(0)) // dist.get_world_size())
@@ -142,15 +155,16 @@ def write_rows(file, texts, probs, decisions, labels, jsonl, output_scores):
             file.write("\t".join([text.replace("\t", " "), ",".join(names), *scores]) + "\n")
 
 
-def merge_parts(file, parts):
-    """Rank r wrote the chunks r, r + world size, ...; takes them back in turn."""
-    handles = [open(part, encoding="utf-8", newline="\n") for part in parts]
-    turn = 0
-    while lines := [line for _, line in zip(range(CHUNK), handles[turn % len(handles)])]:
-        file.writelines(lines)
-        turn += 1
-    for handle in handles:
-        handle.close()
+def merge_parts(file, parts, header_lines):
+    """Rank r wrote the chunks r, r + world size, ...; takes them back in turn, the header first."""
+    with contextlib.ExitStack() as stack:
+        handles = [stack.enter_context(open(p, encoding="utf-8", newline="\n")) for p in parts]
+        file.writelines(itertools.islice(handles[0], header_lines))
+        for handle in itertools.cycle(handles):
+            lines = list(itertools.islice(handle, CHUNK))
+            file.writelines(lines)
+            if len(lines) < CHUNK:  # only the last chunk is short
+                break
 
 
 def main(argv=None):
@@ -161,55 +175,45 @@ def main(argv=None):
         raise UserError(f"--batch_size {args.batch_size}: give at least 1")
     data_path = Path(args.dataset_dir) / args.data_file
     next(utils.read_texts(data_path))  # a wrong path should not cost the loading of the model
+    if world_size > 1:
+        dist.init_parallel_env()
     forward, info = load_forward(args.params_path, args.device)
-    utils.check_labels(Path(args.dataset_dir) / args.label_file, info.labels)
+    labels = info.labels
+    utils.check_labels(Path(args.dataset_dir) / args.label_file, labels)
     max_seq_length = args.max_seq_length or info.max_seq_length
     utils.check_length(max_seq_length, info.max_position)
     tokenizer = utils.load_tokenizer(args.params_path)
-    jsonl = args.output_file.endswith(".jsonl")
     output = Path(args.output_file)
-    total = cut = 0
-
-    def predict(file):
-        """Writes the rows of this rank's chunks."""
-        nonlocal total, cut
-        chunks = utils.chunks(utils.read_texts(data_path), CHUNK)
-        for number, texts in enumerate(tqdm(chunks, unit="chunk", disable=None)):
-            if number % world_size != rank:
-                continue
-            encoded, chunk_cut = utils.encode(texts, tokenizer, max_seq_length)
-            total, cut = total + len(texts), cut + chunk_cut
-            logits = utils.logits_of(forward, encoded, args.batch_size, len(info.labels))
-            probs = metric.probabilities(logits)
-            decisions = metric.decode(probs, info.thresholds)
-            write_rows(file, texts, probs, decisions, info.labels, jsonl, args.output_scores)
-
-    if world_size == 1:
-        with utils.atomic_file(output) as file:
-            write_header(file, info.labels, jsonl, args.output_scores)
-            predict(file)
-    else:
-        predict_shared(predict, output, info.labels, jsonl, args.output_scores)
-    utils.warn_truncated(cut, total, max_seq_length)
-    if rank == 0:
-        logger.info("Prediction results save in %s.", output)
-
-
-def predict_shared(predict, output, labels, jsonl, output_scores):
-    """Every rank writes a part beside the output; rank 0 merges them when all are there."""
-    parts = [output.with_name(f".{output.name}.part{i}.tmp") for i in range(dist.get_world_size())]
-    dist.init_parallel_env()
+    jsonl = output.suffix == ".jsonl"
+    # Every rank writes its chunks beside the output; rank 0 merges them when all are there.
+    parts = [output.with_name(f".{output.name}.part{i}.tmp") for i in range(world_size)]
+    sizes = np.zeros(2, dtype=np.int64)  # texts, texts that were cut
     try:
-        with utils.atomic_file(parts[dist.get_rank()]) as file:
-            predict(file)
-        dist.barrier()
-        if dist.get_rank() == 0:
+        with utils.atomic_file(output if world_size == 1 else parts[rank]) as file:
+            if rank == 0:
+                write_header(file, labels, jsonl, args.output_scores)
+            chunks = utils.chunks(utils.read_texts(data_path), CHUNK)
+            for number, texts in enumerate(tqdm(chunks, unit="chunk", disable=None)):
+                if number % world_size != rank:
+                    continue
+                encoded, cut = utils.encode(texts, tokenizer, max_seq_length)
+                sizes += len(texts), cut
+                logits = utils.logits_of(forward, encoded, args.batch_size, len(labels))
+                probs = metric.probabilities(logits)
+                decisions = metric.decode(probs, info.thresholds)
+                write_rows(file, texts, probs, decisions, labels, jsonl, args.output_scores)
+        sizes = all_reduce(sizes)  # all parts are complete now
+        if rank == 0 and world_size > 1:
             with utils.atomic_file(output) as file:
-                write_header(file, labels, jsonl, output_scores)
-                merge_parts(file, parts)
+                merge_parts(file, parts, header_lines=0 if jsonl else 1)
     finally:
-        dist.barrier()
-        parts[dist.get_rank()].unlink(missing_ok=True)
+        if world_size > 1:
+            for part in parts if rank == 0 else parts[rank : rank + 1]:
+                if rank == 0 or sys.exc_info()[0]:
+                    part.unlink(missing_ok=True)
+    if rank == 0:
+        utils.warn_truncated(sizes[1], sizes[0], max_seq_length)
+        logger.info("Prediction results save in %s.", output)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 import metric
 import utils
 from export_model import build_model, set_weights
-from predict import dygraph_forward, set_device
+from predict import all_reduce, dygraph_forward, set_device
 from utils import UserError, logger
 
 MODEL_NAMES = [
@@ -183,15 +183,6 @@ def save_model(save_dir, model, tokenizer_dir):
 
 
 # ------------------------------------------------------------------------------------ evaluation
-def all_reduce(array):
-    """Element-wise sum of a NumPy array over all ranks."""
-    if dist.get_world_size() == 1:
-        return array
-    tensor = paddle.to_tensor(array)
-    dist.all_reduce(tensor)
-    return tensor.numpy()
-
-
 def evaluate(model, encoded, label_ids, num_labels, batch_size):
     """Dev figures; the ranks share the batches, and the result does not depend on their number.
 
@@ -273,7 +264,9 @@ def load_state(path, model, optimizer, progress, run, scaler):
             meta = json.loads(file.metadata()["state"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except Exception as error:
-        raise UserError(f"{path}: broken training state ({error}); train without --resume") from error
+        raise UserError(
+            f"{path}: broken training state ({error}); train without --resume"
+        ) from error
     changed = [k for k in run if meta["run"].get(k) != run[k]]
     if changed:
         raise UserError(
@@ -532,7 +525,15 @@ def main(argv=None):
             *(len(train_ids), sum(map(len, train_ids)), len(dev_ids), sum(map(len, dev_ids))),
             len(labels),
         )
-        train(args, run, model, labels, (train_ids, train_labels), (dev_ids, dev_labels), tokenizer_dir)
+        train(
+            args,
+            run,
+            model,
+            labels,
+            (train_ids, train_labels),
+            (dev_ids, dev_labels),
+            tokenizer_dir,
+        )
 
 
 def finished(args, save_dir):

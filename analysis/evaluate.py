@@ -1,6 +1,6 @@
 """Evaluate a checkpoint per class, list what it gets wrong, tune thresholds.
 
-    python evaluate.py --device cpu --dataset_dir ../data --params_path ../checkpoint
+python evaluate.py --device cpu --dataset_dir ../data --params_path ../checkpoint
 """
 
 import zlib  # noqa: F401  libpaddle exports zlib symbols of its own; loaded after it, zlib crashes
@@ -120,7 +120,11 @@ def main(argv=None):
     utils.check_labels(data / args.label_file, info.labels)
     max_seq_length = args.max_seq_length or info.max_seq_length
     utils.check_length(max_seq_length, info.max_position)
-    files = {"dev": args.dev_file} if args.skip_train else {"train": args.train_file, "dev": args.dev_file}
+    files = (
+        {"dev": args.dev_file}
+        if args.skip_train
+        else {"train": args.train_file, "dev": args.dev_file}
+    )
     examples = {k: utils.read_examples(data / v, info.labels) for k, v in files.items()}
     forward, info = load_forward(args.params_path, args.device)
     tokenizer = utils.load_tokenizer(args.params_path)

@@ -193,7 +193,7 @@ REPEATABLE = {"婚后有子女", "有夫妻共同财产"}
 EMPTY_SHARE = 0.03  # samples without any label
 LONG_SHARE = 0.06  # samples of six clauses: most of them longer than 126 characters
 MORE_SHARE = 0.6  # chance of a further clause
-FOLLOW_SHARE, DENIED_SHARE = 0.45, 0.12  # kinds of further clauses; the rest has no label
+FOLLOW_SHARE, DENIED_SHARE = 0.45, 0.1  # kinds of further clauses; the rest has no label
 
 
 def make_facts(rng):
