@@ -4,9 +4,8 @@ load_checkpoint rebuilds the trained model from a checkpoint folder, save_static
 `<prefix>.pdmodel`, `.pdiparams`, `.pdiparams.info` with inputs input_ids and token_type_ids.
 """
 
-import zlib  # noqa: F401  libpaddle exports zlib symbols of its own; loaded after it, zlib crashes
-
 import os
+import zlib  # noqa: F401  libpaddle exports zlib symbols of its own; loaded after it, zlib crashes
 from pathlib import Path
 
 import paddle
@@ -60,7 +59,7 @@ def load_checkpoint(params_path):
 
 
 def save_static(model, prefix):
-    """Traces the model in eval mode; both inputs are int64 [batch, length], the output is the logits."""
+    """Traces the model in eval mode: two int64 inputs [batch, length], output the logits."""
     model.eval()
     inputs = [
         paddle.static.InputSpec([None, None], "int64", name)

@@ -49,7 +49,7 @@ def precision_recall_f1(tp, fp, fn):
 class MultiLabelCounts:
     """Running counts of true positives, false positives and false negatives per class.
 
-    `update` takes 0/1 or boolean arrays [batch, classes]; time and memory are linear in what it gets.
+    `update` takes 0/1 or boolean arrays [batch, classes]; time is linear in their size.
     """
 
     def __init__(self, num_labels):
@@ -88,7 +88,7 @@ class MultiLabelCounts:
         return float(np.mean(precision_recall_f1(self.tp, self.fp, self.fn)[2]))
 
     def report(self, labels):
-        """All figures as plain numbers (fractions, not percent), per class in the order of `labels`."""
+        """All figures as plain fractions; classes in the order of `labels`."""
         precision, recall, f1 = precision_recall_f1(self.tp, self.fp, self.fn)
         micro = precision_recall_f1(self.tp.sum(), self.fp.sum(), self.fn.sum())
         keys = ("precision", "recall", "f1")
@@ -115,8 +115,8 @@ def best_threshold(probs, targets):
     """The threshold that gives one class its best F1, and that F1.
 
     probs, targets: [samples]. Candidates are the midpoints between neighbouring distinct
-    probabilities, so that scores close to a sample's do not flip it; of equally good ones the nearest
-    to DEFAULT_THRESHOLD. A class without positive samples keeps DEFAULT_THRESHOLD.
+    probabilities, so that scores close to a sample's do not flip it; of equally good ones the
+    nearest to DEFAULT_THRESHOLD. A class without positive samples keeps DEFAULT_THRESHOLD.
     """
     targets = np.asarray(targets, dtype=bool)
     if not targets.any():
@@ -133,11 +133,11 @@ def best_threshold(probs, targets):
 
 
 def tune_thresholds(probs, targets, folds=5, seed=3):
-    """One threshold per class on all data, and what such thresholds give on data they have not seen.
+    """One threshold per class on all data, and what such thresholds give on unseen data.
 
-    probs, targets: [samples, classes]. Each fold is decided with thresholds chosen on the others, so
-    the returned counts are an out-of-sample estimate (cross-validation; Yang 2001, "A study of
-    thresholding strategies for text categorization", calls the method SCut).
+    probs, targets: [samples, classes]. Each fold is decided with thresholds chosen on the
+    others, so the returned counts are an out-of-sample estimate (Yang 2001, "A study of
+    thresholding strategies for text categorization", calls such thresholds SCut).
     Returns (thresholds [classes], MultiLabelCounts of the held-out decisions).
     Raises ValueError if there are fewer samples than folds.
     """

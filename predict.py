@@ -1,12 +1,10 @@
 """Label the texts of data.txt with a trained checkpoint.
 
-    python predict.py --device cpu --dataset_dir data --params_path ./checkpoint --output_file output.txt
+    python predict.py --device cpu --dataset_dir data --params_path ./checkpoint
 
-On the CPU the static graph runs (about four times as fast as dygraph), elsewhere dygraph. Under
-`python -m paddle.distributed.launch` the ranks share the file and rank 0 merges their parts in order.
+On the CPU the static graph runs (about four times as fast as dygraph), elsewhere dygraph.
+Under `python -m paddle.distributed.launch` the ranks share the file; rank 0 merges their parts.
 """
-
-import zlib  # noqa: F401  libpaddle exports zlib symbols of its own; loaded after it, zlib crashes
 
 import argparse
 import contextlib
@@ -15,6 +13,7 @@ import json
 import os
 import sys
 import tempfile
+import zlib  # noqa: F401  libpaddle exports zlib symbols of its own; loaded after it, zlib crashes
 from pathlib import Path
 
 import numpy as np
@@ -50,9 +49,13 @@ def parse_args(argv=None):
     model = parser.add_argument_group("model")
     model.add_argument("--params_path", default="./checkpoint/", help="checkpoint folder")
     model.add_argument(
-        "--max_seq_length", type=int, help="longest sequence (default: the checkpoint's)"
+        "--max_seq_length",
+        type=utils.at_least(3),
+        help="longest sequence (default: the checkpoint's)",
     )
-    model.add_argument("--batch_size", type=int, default=32, help="texts per forward pass")
+    model.add_argument(
+        "--batch_size", type=utils.at_least(1), default=32, help="texts per forward pass"
+    )
     model.add_argument("--device", default="gpu", help="cpu, gpu, gpu:0, xpu or npu")
     return parser.parse_args(argv)
 
@@ -60,8 +63,9 @@ def parse_args(argv=None):
 def set_device(device):
     """Selects the device; on the CPU also lets the matrix library work at full speed.
 
-    MKL takes its slow SSE kernels on AMD processors unless told otherwise, and Paddle limits dygraph to
-    one thread; both variables are read at the first matrix product (benchmarks/cpu_math.py).
+    MKL takes its slow SSE kernels on AMD processors unless told otherwise, and Paddle limits
+    dygraph to one thread. Both variables are read at the first matrix product; what they gain is
+    measured by benchmarks/cpu_math.py.
     """
     if device == "cpu":
         cpuinfo = Path("/proc/cpuinfo")
@@ -171,8 +175,6 @@ def main(argv=None):
     args = parse_args(argv)
     set_device(args.device)
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    if args.batch_size < 1:
-        raise UserError(f"--batch_size {args.batch_size}: give at least 1")
     data_path = Path(args.dataset_dir) / args.data_file
     next(utils.read_texts(data_path))  # a wrong path should not cost the loading of the model
     if world_size > 1:

@@ -3,31 +3,28 @@
     python train.py --device cpu --dataset_dir data --model_name ernie-3.0-medium-zh --early_stop
     python -m paddle.distributed.launch --nproc_per_node=2 --backend=gloo train.py --device cpu ...
 
-Every random choice is a function of --seed, the epoch and the step, so a run that was stopped at any
-moment continues with --resume to bit-identical weights.
+Every random choice is a function of --seed, the epoch and the step, so a run that was stopped at
+any moment continues with --resume to bit-identical weights.
 """
-
-import zlib  # noqa: F401  libpaddle exports zlib symbols of its own; loaded after it, zlib crashes
 
 import argparse
 import hashlib
 import json
 import os
 import random
+import signal
 import tempfile
 import time
-from contextlib import nullcontext
+import zlib  # noqa: F401  libpaddle exports zlib symbols of its own; loaded after it, zlib crashes
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import paddle
 import paddle.distributed as dist
 import paddle.nn.functional as F
-from paddlenlp.transformers import (
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    LinearDecayWithWarmup,
-)
+from paddlenlp import transformers
 from safetensors import safe_open
 from safetensors.numpy import save as safetensors_bytes
 from tqdm import tqdm
@@ -37,7 +34,7 @@ import metric
 import utils
 from export_model import build_model, set_weights
 from predict import all_reduce, dygraph_forward, set_device
-from utils import UserError, logger
+from utils import UserError, at_least, logger
 
 MODEL_NAMES = [
     *(f"ernie-3.0-{size}-zh" for size in ("xbase", "base", "medium", "micro", "mini", "nano")),
@@ -54,118 +51,94 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    data = parser.add_argument_group("data")
-    data.add_argument("--dataset_dir", required=True, help="folder of the files below")
-    data.add_argument("--train_file", default="train.txt", help="training set")
-    data.add_argument("--dev_file", default="dev.txt", help="development set")
-    data.add_argument("--label_file", default="label.txt", help="label names, one per line")
-    model = parser.add_argument_group("model")
-    model.add_argument(
-        "--model_name",
-        default="ernie-3.0-medium-zh",
-        help=f"a local model folder or one of {', '.join(MODEL_NAMES)}",
-    )
-    model.add_argument("--max_seq_length", type=int, default=128, help="longest token sequence")
-    model.add_argument("--dropout", type=float, help="dropout rate (default: the model's own)")
-    model.add_argument("--init_from_ckpt", help="model_state.pdparams to start from (weights only)")
-    model.add_argument("--save_dir", default="./checkpoint", help="folder of the best model")
-    training = parser.add_argument_group("training")
-    training.add_argument("--device", default="gpu", help="cpu, gpu, gpu:0, xpu or npu")
-    training.add_argument("--batch_size", type=int, default=32, help="texts per device and step")
-    training.add_argument("--learning_rate", type=float, default=3e-5, help="peak learning rate")
-    training.add_argument("--epochs", type=int, default=10, help="passes over the training set")
-    training.add_argument("--early_stop", action="store_true", help="stop when dev stops improving")
-    training.add_argument(
-        "--early_stop_nums", type=int, default=4, help="epochs without improvement that stop it"
-    )
-    training.add_argument("--weight_decay", type=float, default=0.0, help="AdamW weight decay")
-    training.add_argument(
-        "--warmup", action="store_true", help="warm up, then decay linearly to 0 over all epochs"
-    )
-    training.add_argument("--warmup_steps", type=int, default=0, help="steps of the warm-up")
-    training.add_argument(
-        "--gradient_accumulation_steps", type=int, default=1, help="batches per optimizer step"
-    )
-    training.add_argument(
-        "--max_grad_norm", type=float, default=0.0, help="clip the gradients' global norm; 0: off"
-    )
-    training.add_argument("--amp", action="store_true", help="mixed precision (GPU only)")
-    training.add_argument(
-        "--batching",
-        choices=["sorted", "random"],
-        default="sorted",
-        help="sorted: texts of like length share a batch, shuffled in windows; random: plain shuffle",
-    )
-    training.add_argument("--seed", type=int, default=3, help="seed of all randomness")
-    run = parser.add_argument_group("run")
-    run.add_argument("--resume", action="store_true", help="continue the run stopped in save_dir")
-    run.add_argument(
-        "--save_steps", type=int, default=0, help="also save the state every N steps; 0: per epoch"
-    )
-    run.add_argument("--logging_steps", type=int, default=5, help="steps between log lines")
-    run.add_argument("--visualdl_dir", help="write VisualDL scalars there")
-    return parser.parse_args(argv)
-
-
-def check_args(args):
-    for name in ("batch_size", "epochs", "early_stop_nums", "gradient_accumulation_steps"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)}: give at least 1")
-    for name in ("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "save_steps"):
-        if getattr(args, name) < 0:
-            raise UserError(f"--{name} {getattr(args, name)}: give 0 or more")
+    add = parser.add_argument_group("data").add_argument
+    add("--dataset_dir", required=True, help="folder of the files below")
+    add("--train_file", default="train.txt", help="training set")
+    add("--dev_file", default="dev.txt", help="development set")
+    add("--label_file", default="label.txt", help="label names, one per line")
+    add = parser.add_argument_group("model").add_argument
+    names = ", ".join(MODEL_NAMES)
+    add("--model_name", default="ernie-3.0-medium-zh", help=f"a local model folder or {names}")
+    add("--max_seq_length", type=at_least(3), default=128, help="longest sequence in tokens")
+    add("--dropout", type=at_least(0.0), help="dropout rate (default: the model's own)")
+    add("--init_from_ckpt", help="model_state.pdparams to start from; weights only (default: none)")
+    add("--save_dir", default="./checkpoint", help="folder of the best model")
+    add = parser.add_argument_group("training").add_argument
+    add("--device", default="gpu", help="cpu, gpu, gpu:0, xpu or npu")
+    add("--batch_size", type=at_least(1), default=32, help="texts per device and batch")
+    add("--learning_rate", type=at_least(0.0), default=3e-5, help="peak learning rate")
+    add("--epochs", type=at_least(1), default=10, help="passes over the training set")
+    add("--early_stop", action="store_true", help="stop when dev no longer improves")
+    add("--early_stop_nums", type=at_least(1), default=4, help="epochs without improvement to stop")
+    add("--weight_decay", type=at_least(0.0), default=0.0, help="AdamW weight decay")
+    add("--warmup", action="store_true", help="warm up, then decay linearly to 0")
+    add("--warmup_steps", type=at_least(0), default=0, help="steps of the warm-up")
+    add("--gradient_accumulation_steps", type=at_least(1), default=1, help="batches per step")
+    add("--max_grad_norm", type=at_least(0.0), default=0.0, help="clip gradients to it; 0: off")
+    add("--amp", action="store_true", help="mixed precision (GPU only)")
+    batching = "sorted: texts of like length share a batch; random: plain shuffle"
+    add("--batching", choices=["sorted", "random"], default="sorted", help=batching)
+    add("--seed", type=at_least(0), default=3, help="seed of all randomness")
+    add = parser.add_argument_group("run").add_argument
+    add("--resume", action="store_true", help="continue the run that was stopped in save_dir")
+    add("--save_steps", type=at_least(0), default=0, help="save the state every N steps, too")
+    add("--logging_steps", type=at_least(1), default=5, help="steps between log lines")
+    add("--visualdl_dir", help="write VisualDL scalars there (default: none)")
+    args = parser.parse_args(argv)
     if args.warmup_steps and not args.warmup:
         raise UserError("--warmup_steps needs --warmup")
-    if args.amp and args.device.startswith("cpu"):
+    if args.amp and args.device == "cpu":
         raise UserError("--amp needs a GPU; leave it out with --device cpu")
-    if args.logging_steps < 1:
-        raise UserError("--logging_steps: give at least 1")
+    return args
 
 
 # --------------------------------------------------------------------------------------- model
-def load_pretrained(name, labels, dropout, work_dir):
+def load_pretrained(name, num_labels, labels, work_dir):
     """Returns (model, folder with its tokenizer files) for a local folder or a PaddleNLP name.
 
     The classifier is new unless a local folder was trained with the very same labels.
     """
-    if not Path(name).is_dir():
-        if name not in MODEL_NAMES:
-            raise UserError(
-                f"--model_name {name}: neither a folder nor one of {', '.join(MODEL_NAMES)}"
-            )
-        try:
-            model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=len(labels))
-            AutoTokenizer.from_pretrained(name).save_pretrained(str(work_dir))
-        except Exception as error:  # PaddleNLP raises OSError, RuntimeError, requests' errors ...
-            raise UserError(
-                f"--model_name {name}: cannot be downloaded; without network give a local folder "
-                "with config.json, model_state.pdparams and vocab.txt"
-            ) from error
-        folder = work_dir
-    else:
-        folder = Path(name)
-        model = build_model(folder, len(labels))
-        weights_file = folder / utils.WEIGHTS_FILE
-        weights = utils.load_weights(weights_file)
-        prefix = model.base_model_prefix + "."
-        if not any(key.startswith(prefix) for key in weights):  # saved from the bare encoder
-            weights = {prefix + key: value for key, value in weights.items()}
-        fresh = {k: v.numpy() for k, v in model.state_dict().items()}
-        names = utils.read_json(folder / utils.CONFIG_FILE).get("id2label", {})
-        same_labels = list(names.values()) == labels
-        kept = {k: v for k, v in weights.items() if k in fresh and k.startswith(prefix)}
-        head = {k: v for k, v in fresh.items() if not k.startswith(prefix)}
-        if same_labels:
-            head.update({k: weights[k] for k in head if k in weights})
-        set_weights(model, {**kept, **head}, weights_file)
-    if dropout is not None:
-        for layer in model.sublayers(include_self=True):
-            if isinstance(layer, paddle.nn.Dropout):
-                layer.p = dropout
-            elif isinstance(layer, paddle.nn.MultiHeadAttention):
-                layer.dropout = dropout
-        model.config.hidden_dropout_prob = model.config.attention_probs_dropout_prob = dropout
-    return model, folder
+    if Path(name).is_dir():
+        return load_folder(Path(name), num_labels, labels), Path(name)
+    if name not in MODEL_NAMES:
+        raise UserError(
+            f"--model_name {name}: neither a folder nor one of {', '.join(MODEL_NAMES)}"
+        )
+    try:
+        auto = transformers.AutoModelForSequenceClassification
+        model = auto.from_pretrained(name, num_labels=num_labels)
+        transformers.AutoTokenizer.from_pretrained(name).save_pretrained(str(work_dir))
+    except Exception as error:  # PaddleNLP raises OSError, RuntimeError, requests' errors ...
+        raise UserError(
+            f"--model_name {name}: cannot be downloaded; without network give a local folder "
+            "with config.json, model_state.pdparams and vocab.txt"
+        ) from error
+    return model, work_dir
+
+
+def load_folder(folder, num_labels, labels):
+    model = build_model(folder, num_labels)
+    weights = utils.load_weights(folder / utils.WEIGHTS_FILE)
+    encoder = model.base_model_prefix + "."
+    if not any(key.startswith(encoder) for key in weights):  # saved from the bare encoder
+        weights = {encoder + key: value for key, value in weights.items()}
+    own = {key: value.numpy() for key, value in model.state_dict().items()}
+    known = utils.read_json(folder / utils.CONFIG_FILE).get("id2label", {})
+    same_labels = list(known.values()) == labels
+    for key in own:
+        if key.startswith(encoder) or (same_labels and key in weights):
+            own[key] = weights.get(key)
+    set_weights(model, own, folder / utils.WEIGHTS_FILE)
+    return model
+
+
+def set_dropout(model, rate):
+    for layer in model.sublayers(include_self=True):
+        if isinstance(layer, paddle.nn.Dropout):
+            layer.p = rate
+        elif isinstance(layer, paddle.nn.MultiHeadAttention):
+            layer.dropout = rate
+    model.config.hidden_dropout_prob = model.config.attention_probs_dropout_prob = rate
 
 
 def save_model(save_dir, model, tokenizer_dir):
@@ -174,12 +147,7 @@ def save_model(save_dir, model, tokenizer_dir):
         with open(folder / utils.WEIGHTS_FILE, "wb") as file:
             utils.save_weights(file, {k: v.numpy() for k, v in model.state_dict().items()})
         model.config.save_pretrained(str(folder))
-        for name in utils.TOKENIZER_FILES:
-            if (tokenizer_dir / name).exists():
-                (folder / name).write_bytes((tokenizer_dir / name).read_bytes())
-        if not (folder / "tokenizer_config.json").exists():  # PaddleNLP needs it to load the folder
-            config = {"tokenizer_class": "ErnieTokenizer", "do_lower_case": True}
-            (folder / "tokenizer_config.json").write_text(json.dumps(config))
+        utils.copy_tokenizer(tokenizer_dir, folder)
 
 
 # ------------------------------------------------------------------------------------ evaluation
@@ -191,9 +159,8 @@ def evaluate(model, encoded, label_ids, num_labels, batch_size):
     model.eval()
     counts = metric.MultiLabelCounts(num_labels)
     losses = np.zeros(-(-len(encoded) // batch_size), dtype=np.float64)
-    for number, index, logits in utils.run_batches(
-        dygraph_forward(model), encoded, batch_size, dist.get_rank(), dist.get_world_size()
-    ):
+    forward, rank, world_size = dygraph_forward(model), dist.get_rank(), dist.get_world_size()
+    for number, index, logits in utils.run_batches(forward, encoded, batch_size, rank, world_size):
         targets = utils.multi_hot([label_ids[i] for i in index], num_labels)
         counts.update(metric.decode(metric.probabilities(logits)), targets)
         losses[number] = metric.bce_sum(logits, targets)
@@ -204,351 +171,353 @@ def evaluate(model, encoded, label_ids, num_labels, batch_size):
 
 
 # ------------------------------------------------------------------------------- training state
-class Progress:
-    """Where a run is: plain values that go into the training state as JSON."""
-
-    def __init__(self, num_labels):
-        self.epoch = 0  # finished epochs
-        self.batch = 0  # finished optimizer steps of the running epoch
-        self.global_step = 0
-        self.best_macro_f1 = -1.0  # so that the first evaluation is always an improvement
-        self.best_loss = float("inf")
-        self.stale_epochs = 0  # evaluations since the last improvement
-        self.log_size = 0  # bytes of train_log.jsonl that belong to this state
-        self.train_counts = metric.MultiLabelCounts(num_labels).to_array().tolist()
-
-    def improved(self, result):
-        """Higher macro F1 is better; while it is still 0, lower dev loss is."""
-        if result["macro_f1"] == self.best_macro_f1 == 0:
-            return result["loss"] < self.best_loss
-        return result["macro_f1"] > self.best_macro_f1
-
-
-def fingerprint(args, world_size):
-    """What a run's weights depend on: flags and the content of the data files."""
-    flags = {k: v for k, v in vars(args).items() if k not in FREE_FLAGS}
+def fingerprint(args):
+    """What a run's weights depend on: flags, number of ranks and the content of the data files."""
+    flags = {key: value for key, value in vars(args).items() if key not in FREE_FLAGS}
     for key in ("train_file", "dev_file", "label_file"):
-        path = Path(args.dataset_dir) / flags[key]
-        flags[key] = hashlib.sha256(path.read_bytes()).hexdigest()
-    return {**flags, "world_size": world_size}
+        content = (Path(args.dataset_dir) / flags[key]).read_bytes()
+        flags[key] = hashlib.sha256(content).hexdigest()
+    return {**flags, "number of processes": dist.get_world_size()}
 
 
-def _accumulator_names(model, optimizer_state):
-    """{key in the optimizer state: stable key}; Paddle's own keys count the layers of the process."""
-    names = {}
-    for structured, parameter in model.state_dict().items():
-        for key in optimizer_state:
-            if key.startswith(parameter.name + "_"):
-                names[key] = f"optimizer/{structured}/{key[len(parameter.name) + 1 :]}"
-    return names
-
-
-def save_state(path, model, optimizer, progress, run, scaler):
+def save_state(path, identity, progress, model, optimizer, scaler):
+    """One file with all that a run needs to go on: safetensors, the plain values in its metadata."""
     state = optimizer.state_dict()
-    names = _accumulator_names(model, state)
-    tensors = {f"model/{k}": v.numpy() for k, v in model.state_dict().items()}
-    tensors.update({names[k]: v.numpy() for k, v in state.items() if k in names})
-    meta = {"progress": vars(progress), "run": run, "scheduler": state.get("LR_Scheduler")}
-    if scaler is not None:
-        meta["scaler"] = {
-            k: v.item() if hasattr(v, "item") else v for k, v in scaler.state_dict().items()
-        }
+    tensors = {}
+    # Paddle names parameters by counting the layers of the process; the model's names are stable.
+    for name, parameter in model.state_dict().items():
+        tensors[f"model/{name}"] = parameter.numpy()
+        for key in state:
+            if key.startswith(parameter.name + "_"):
+                tensors[f"optimizer/{name}/{key[len(parameter.name) :]}"] = state[key].numpy()
+    meta = {"identity": identity, "progress": vars(progress), "lr": state.get("LR_Scheduler")}
+    if scaler:
+        values = scaler.state_dict().items()
+        meta["scaler"] = {k: v.item() if hasattr(v, "item") else v for k, v in values}
     with utils.atomic_file(path, "wb") as file:
         file.write(safetensors_bytes(tensors, metadata={"state": json.dumps(meta)}))
 
 
-def load_state(path, model, optimizer, progress, run, scaler):
-    """Restores all that save_state wrote; raises UserError if it is of another run."""
-    try:
-        with safe_open(str(path), framework="np") as file:
-            meta = json.loads(file.metadata()["state"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except Exception as error:
-        raise UserError(
-            f"{path}: broken training state ({error}); train without --resume"
-        ) from error
-    changed = [k for k in run if meta["run"].get(k) != run[k]]
+def load_state(path, identity, progress, model, optimizer, scaler):
+    """Restores what save_state wrote, if anything; raises UserError if it is of another run.
+
+    Only rank 0 needs the file; it hands the content to the ranks of other machines.
+    """
+    found, error = None, ""
+    if dist.get_rank() == 0 and path.exists():
+        try:
+            with safe_open(str(path), framework="np") as file:
+                meta = json.loads(file.metadata()["state"])
+                found = meta, {name: file.get_tensor(name) for name in file.keys()}
+        except Exception as broken:  # safetensors has an error class of its own, JSON another ...
+            error = f"{path}: broken training state ({broken}); start anew in another --save_dir"
+    if dist.get_world_size() > 1:
+        shared = [(found, error)]
+        dist.broadcast_object_list(shared, src=0)
+        found, error = shared[0]
+    if error or found is None:
+        raise UserError(error) if error else FileNotFoundError(path)
+    meta, tensors = found
+    changed = [key for key in identity if meta["identity"].get(key) != identity[key]]
     if changed:
         raise UserError(
-            f"--resume: {', '.join(changed)} differ(s) from the stopped run's; use the same flags and "
-            "data, or start anew in another --save_dir"
+            f"--resume: {', '.join(changed)} changed since the run was stopped; "
+            "use the same flags and data, or start anew in another --save_dir"
         )
-    weights = {k[len("model/") :]: v for k, v in tensors.items() if k.startswith("model/")}
-    set_weights(model, weights, path)
-    restored = {} if meta["scheduler"] is None else {"LR_Scheduler": meta["scheduler"]}
-    parameters = model.state_dict()
+    own, weights = model.state_dict(), {}
+    restored = {"LR_Scheduler": meta["lr"]} if meta["lr"] else {}
     for key, value in tensors.items():
-        if key.startswith("optimizer/"):
-            _, structured, kind = key.split("/")
-            restored[f"{parameters[structured].name}_{kind}"] = paddle.to_tensor(value)
+        kind, name, *accumulator = key.split("/")
+        if kind == "model":
+            weights[name] = value
+        else:
+            restored[own[name].name + accumulator[0]] = paddle.to_tensor(value)
+    set_weights(model, weights, path)
     optimizer.set_state_dict(restored)
-    if scaler is not None:
+    if scaler:
         scaler.load_state_dict(meta["scaler"])
     vars(progress).update(meta["progress"])
+    logger.info("Resume after step %d (epoch %d)", progress.global_step, progress.epoch + 1)
 
 
 # ------------------------------------------------------------------------------------------ logs
 class TrainLog:
-    """train_log.jsonl, VisualDL scalars and the curves; only rank 0 writes."""
+    """train_log.jsonl (one object per log or evaluation) and VisualDL scalars; rank 0 writes."""
 
-    def __init__(self, args, progress, active):
-        self.path = Path(args.save_dir) / LOG_FILE
-        self.file = self.visualdl = None
-        if active:
-            self.path.touch()
-            os.truncate(self.path, progress.log_size)  # what a killed run logged after its state
-            self.file = open(self.path, "a", encoding="utf-8")
-            if args.visualdl_dir:
-                from visualdl import LogWriter
+    def __init__(self, path, size, visualdl_dir):
+        self.path, self.writer = path, None
+        path.touch()
+        os.truncate(path, size)  # a killed run may have logged more than its state knows
+        self.file = open(path, "a", encoding="utf-8")
+        if visualdl_dir:
+            from visualdl import LogWriter  # takes seconds to import
 
-                self.visualdl = LogWriter(logdir=args.visualdl_dir)
+            self.writer = LogWriter(logdir=visualdl_dir)
 
     def write(self, event, step, **values):
-        if self.file is None:
-            return
         self.file.write(json.dumps({"event": event, "step": step, **values}) + "\n")
         self.file.flush()
-        if self.visualdl is not None:
-            for name, value in values.items():
-                self.visualdl.add_scalar(tag=f"{event}/{name}", step=step, value=value)
+        for name, value in values.items() if self.writer else ():
+            self.writer.add_scalar(tag=f"{event}/{name}", step=step, value=value)
 
-    def size(self):
-        return self.file.tell() if self.file else 0
-
-    def plot(self):
+    def plot(self, path):
+        """The curves of loss and F1 as a PNG."""
         import matplotlib
 
-        matplotlib.use("Agg")
+        matplotlib.use("Agg")  # no display needed
         from matplotlib import pyplot
 
         records = [json.loads(line) for line in open(self.path, encoding="utf-8")]
         figure, axes = pyplot.subplots(1, 2, figsize=(11, 4))
-        for axis, event, name in (
-            (axes[0], "train", "loss"),
-            (axes[0], "eval", "loss"),
-            (axes[1], "eval", "micro_f1"),
-            (axes[1], "eval", "macro_f1"),
-        ):
+        curves = (0, "train", "loss"), (0, "eval", "loss"), (1, "eval", "micro_f1")
+        for column, event, name in (*curves, (1, "eval", "macro_f1")):
             points = [(r["step"], r[name]) for r in records if r["event"] == event]
-            axis.plot(*zip(*points), marker="." if event == "eval" else "", label=f"{event} {name}")
-        for axis in axes:
-            axis.set_xlabel("step")
-            axis.grid(alpha=0.3)
-            axis.legend()
+            marker = "." if event == "eval" else ""
+            axes[column].plot(*zip(*points or [(0, 0)]), marker=marker, label=f"{event} {name}")
+            axes[column].set_xlabel("step")
+            axes[column].legend()
         figure.tight_layout()
-        with utils.atomic_file(self.path.with_name("train_curves.png"), "wb") as file:
-            figure.savefig(file, format="png", dpi=100)
+        with utils.atomic_file(path, "wb") as file:
+            figure.savefig(file, format="png")
         pyplot.close(figure)
 
 
+@contextmanager
+def lost_worker_message(save_dir):
+    """Says what happened if this process of a launch dies, maybe without a Python exception.
+
+    When a worker is lost, gloo ends the others with abort(); a child process notices and speaks.
+    """
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        os.close(writing)
+        if not os.read(reading, 1):  # the pipe was closed without a word
+            message = (
+                f"error: worker {dist.get_rank()} ended early: a worker was lost or the launch was "
+                f"stopped; run the same command with --resume to continue from {save_dir}\n"
+            )
+            os.write(2, message.encode())
+        os._exit(0)
+    os.close(reading)
+    try:
+        yield
+    except (UserError, KeyboardInterrupt):
+        os.write(writing, b"1")
+        raise
+    else:
+        os.write(writing, b"1")
+    finally:
+        os.close(writing)
+        os.waitpid(child, 0)
+
+
 # --------------------------------------------------------------------------------------- training
-def step_seed(*numbers):
-    """A seed that is a function of --seed and the position in the run: no generator to save."""
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+def improved(result, best):
+    """Higher macro F1 is better; while it is still 0, lower dev loss is. Any is better than none."""
+    if best is None or result["macro_f1"] != best["macro_f1"]:
+        return best is None or result["macro_f1"] > best["macro_f1"]
+    return result["macro_f1"] == 0 and result["loss"] < best["loss"]
 
 
-def train(args, run, model, labels, train_set, dev_set, tokenizer_dir):
-    """Trains and leaves the best model in args.save_dir. Returns the best Progress."""
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    (train_ids, train_labels), (dev_ids, dev_labels) = train_set, dev_set
-    save_dir, state_path = Path(args.save_dir), Path(args.save_dir) / STATE_FILE
-    lengths = [len(ids) for ids in train_ids]
-    batches_per_epoch = -(-(-(-len(lengths) // args.batch_size)) // world_size)
-    steps_per_epoch = -(-batches_per_epoch // args.gradient_accumulation_steps)
-
+def make_optimizer(args, model, total_steps):
+    """AdamW without decay on biases and norms; the mission's schedules (constant or --warmup)."""
     learning_rate = args.learning_rate
     if args.warmup:
-        learning_rate = LinearDecayWithWarmup(
-            learning_rate, steps_per_epoch * args.epochs, args.warmup_steps
-        )
-    decayed = {
-        p.name for n, p in model.named_parameters() if not any(s in n for s in ("bias", "norm"))
-    }
-    clip = paddle.nn.ClipGradByGlobalNorm(args.max_grad_norm) if args.max_grad_norm else None
-    optimizer = paddle.optimizer.AdamW(
+        decay = transformers.LinearDecayWithWarmup
+        learning_rate = decay(learning_rate, total_steps, args.warmup_steps)
+    named = model.named_parameters()
+    decayed = {p.name for name, p in named if "bias" not in name and "norm" not in name}
+    return paddle.optimizer.AdamW(
         learning_rate=learning_rate,
         parameters=model.parameters(),
         weight_decay=args.weight_decay,
-        apply_decay_param_fun=lambda name: name in decayed,
-        grad_clip=clip,
+        apply_decay_param_fun=decayed.__contains__,
+        grad_clip=paddle.nn.ClipGradByGlobalNorm(args.max_grad_norm)
+        if args.max_grad_norm
+        else None,
     )
-    scaler = paddle.amp.GradScaler() if args.amp else None
-    progress = Progress(len(labels))
-    if args.resume and state_path.exists():
-        load_state(state_path, model, optimizer, progress, run, scaler)
-        logger.info("Resume after epoch %d, step %d", progress.epoch, progress.global_step)
-    parallel = paddle.DataParallel(model) if world_size > 1 else model
-    log = TrainLog(args, progress, active=rank == 0)
 
-    def checkpoint_state():
-        if rank == 0:
-            progress.log_size = log.size()
-            save_state(state_path, model, optimizer, progress, run, scaler)
 
-    def train_step(group, counts):
-        """One optimizer step over the batches in `group`; returns their mean loss."""
-        losses = []
-        for position, index in enumerate(group):
-            micro_batch = progress.global_step * args.gradient_accumulation_steps + position
-            paddle.seed(step_seed(args.seed, micro_batch, rank))
-            batch = utils.pad([train_ids[i] for i in index])
-            targets = utils.multi_hot([train_labels[i] for i in index], len(labels))
-            with paddle.amp.auto_cast(enable=args.amp):
-                logits = parallel(**{k: paddle.to_tensor(v) for k, v in batch.items()})
-                loss = F.binary_cross_entropy_with_logits(logits, paddle.to_tensor(targets))
+def train_step(args, parallel, optimizer, scaler, examples, group, step, counts):
+    """One optimizer step over the batches in `group`; returns their mean loss."""
+    losses, outputs = [], []
+    for position, index in enumerate(group):
+        # Seeding from the position in the run leaves no generator state to save for --resume.
+        place = (args.seed, step, position, dist.get_rank())
+        paddle.seed(int(np.random.SeedSequence(place).generate_state(1)[0]))
+        batch = utils.pad([examples[0][i] for i in index])
+        targets = utils.multi_hot([examples[1][i] for i in index], len(counts.tp))
+        with paddle.amp.auto_cast(enable=args.amp):
+            logits = parallel(**{k: paddle.to_tensor(v) for k, v in batch.items()})
+            loss = F.binary_cross_entropy_with_logits(logits, paddle.to_tensor(targets))
+        # Gradients are exchanged once, with the last batch of the step.
+        waits = dist.get_world_size() > 1 and position < len(group) - 1
+        with parallel.no_sync() if waits else nullcontext():
             share = loss / len(group)
-            synced = world_size == 1 or position == len(group) - 1
-            with nullcontext() if synced else parallel.no_sync():
-                (scaler.scale(share) if scaler else share).backward()
-            losses.append((loss.detach(), logits.detach(), targets))
-        if scaler:
-            scaler.step(optimizer)
-            scaler.update()
-        else:
-            optimizer.step()
-        optimizer.clear_grad()
-        if args.warmup:
-            optimizer._learning_rate.step()
-        for _, logits, targets in losses:
-            probs = metric.probabilities(logits.astype("float32").numpy())
-            counts.update(metric.decode(probs), targets)
-        return float(np.mean([float(loss) for loss, _, _ in losses]))
+            (scaler.scale(share) if scaler else share).backward()
+        losses.append(loss.detach())
+        outputs.append((logits.detach(), targets))
+    if scaler:
+        scaler.step(optimizer)
+        scaler.update()
+    else:
+        optimizer.step()
+    optimizer.clear_grad()
+    if args.warmup:
+        optimizer._learning_rate.step()
+    for logits, targets in outputs:
+        probs = metric.probabilities(logits.astype("float32").numpy())
+        counts.update(metric.decode(probs), targets)
+    return float(np.mean([float(loss) for loss in losses]))
+
+
+def train(args, identity, model, num_labels, examples, dev_examples, tokenizer_dir):
+    """Trains and leaves the best model, the log and the curves in args.save_dir.
+
+    examples, dev_examples: (token ids, label ids) of the texts, as lists of arrays and of lists.
+    """
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    save_dir, state_path = Path(args.save_dir), Path(args.save_dir) / STATE_FILE
+    lengths = [len(ids) for ids in examples[0]]
+    batches_per_rank = -(-(-(-len(lengths) // args.batch_size)) // world_size)
+    steps_per_epoch = -(-batches_per_rank // args.gradient_accumulation_steps)
+    optimizer = make_optimizer(args, model, steps_per_epoch * args.epochs)
+    scaler = paddle.amp.GradScaler() if args.amp else None
+    no_counts = metric.MultiLabelCounts(num_labels).to_array().tolist()
+    progress = SimpleNamespace(  # goes into the training state
+        epoch=0,  # finished epochs
+        step=0,  # finished steps of the running epoch
+        global_step=0,
+        best=None,  # dev figures of the saved model
+        stale_epochs=0,  # evaluations since the last improvement
+        log_size=0,  # bytes of the log that belong to this state
+        counts=no_counts,  # train F1 of the running epoch
+    )
+    if args.resume:
+        with suppress(FileNotFoundError):  # stopped before it saved anything: from the start
+            load_state(state_path, identity, progress, model, optimizer, scaler)
+    parallel = paddle.DataParallel(model) if world_size > 1 else model
+    log = TrainLog(save_dir / LOG_FILE, progress.log_size, args.visualdl_dir) if rank == 0 else None
+
+    counts = None
+
+    def save():
+        if rank == 0:
+            progress.counts, progress.log_size = counts.to_array().tolist(), log.file.tell()
+            save_state(state_path, identity, progress, model, optimizer, scaler)
 
     model.train()
     while progress.epoch < args.epochs:
         if args.early_stop and progress.stale_epochs >= args.early_stop_nums:
             logger.info("Early stop!")
             break
-        epoch = progress.epoch + 1
-        rng = np.random.default_rng([args.seed, epoch])
-        order = utils.batches(lengths, args.batch_size, rng, args.batching, group=world_size)
-        mine = order[rank::world_size]
-        groups = list(utils.chunks(mine, args.gradient_accumulation_steps))
-        counts = metric.MultiLabelCounts.from_array(np.array(progress.train_counts))
+        epoch, rng = progress.epoch + 1, np.random.default_rng([args.seed, progress.epoch])
+        plan = utils.batches(lengths, args.batch_size, rng, args.batching, group=world_size)
+        groups = list(utils.chunks(plan[rank::world_size], args.gradient_accumulation_steps))
+        counts = metric.MultiLabelCounts.from_array(progress.counts)
+        bar = tqdm(total=len(groups), initial=progress.step, disable=True if rank else None)
         since, logged = time.time(), progress.global_step
-        bar = tqdm(
-            groups,
-            desc=f"epoch {epoch}",
-            initial=progress.batch,
-            disable=True if rank else None,
-            leave=False,
-        )
-        for group in groups[progress.batch :]:
-            loss = train_step(group, counts)
-            progress.batch += 1
+        for group in groups[progress.step :]:
+            step = progress.global_step
+            loss = train_step(args, parallel, optimizer, scaler, examples, group, step, counts)
+            progress.step += 1
             progress.global_step += 1
             bar.update()
             if progress.global_step % args.logging_steps == 0 and rank == 0:
                 speed = (progress.global_step - logged) / (time.time() - since)
                 since, logged = time.time(), progress.global_step
+                f1 = {"micro_f1": counts.micro_f1, "macro_f1": counts.macro_f1}
                 logger.info(
                     "global step %d, epoch: %d, batch: %d, loss: %.5f, "
                     "micro f1 score: %.5f, macro f1 score: %.5f, speed: %.2f step/s",
-                    *(progress.global_step, epoch, progress.batch, loss),
-                    *(counts.micro_f1, counts.macro_f1, speed),
+                    *(progress.global_step, epoch, progress.step, loss, *f1.values(), speed),
                 )
-                log.write(
-                    "train",
-                    progress.global_step,
-                    epoch=epoch,
-                    loss=loss,
-                    lr=optimizer.get_lr(),
-                    micro_f1=counts.micro_f1,
-                    macro_f1=counts.macro_f1,
-                )
+                values = {"epoch": epoch, "loss": loss, "lr": optimizer.get_lr(), **f1}
+                log.write("train", progress.global_step, **values)
             if args.save_steps and progress.global_step % args.save_steps == 0:
-                progress.train_counts = counts.to_array().tolist()
-                checkpoint_state()
+                save()
         bar.close()
-        result = evaluate(model, dev_ids, dev_labels, len(labels), args.batch_size)
-        logger.info(
-            "eval loss: %.5f, micro f1 score: %.5f, macro f1 score: %.5f",
-            *(result["loss"], result["micro_f1"], result["macro_f1"]),
-        )
-        log.write("eval", progress.global_step, epoch=epoch, **result)
+        result = evaluate(model, *dev_examples, num_labels, args.batch_size)
+        logger.info("eval loss: %.5f, micro f1 score: %.5f, macro f1 score: %.5f", *result.values())
         progress.stale_epochs += 1
-        if progress.improved(result):
-            progress.stale_epochs = 0
-            progress.best_macro_f1, progress.best_loss = result["macro_f1"], result["loss"]
-            if rank == 0:
+        if improved(result, progress.best):
+            progress.stale_epochs, progress.best = 0, result
+        if rank == 0:
+            log.write("eval", progress.global_step, epoch=epoch, **result)
+            if progress.stale_epochs == 0:
                 save_model(save_dir, model, tokenizer_dir)
-        logger.info("Current best macro f1 score: %.5f", progress.best_macro_f1)
-        progress.epoch, progress.batch = epoch, 0
-        progress.train_counts = metric.MultiLabelCounts(len(labels)).to_array().tolist()
-        checkpoint_state()
+        logger.info("Current best macro f1 score: %.5f", progress.best["macro_f1"])
+        progress.epoch, progress.step = epoch, 0
+        counts = metric.MultiLabelCounts(num_labels)
+        save()
+        progress.counts = counts.to_array()
     if rank == 0:
-        log.write("end", progress.global_step, best_macro_f1=progress.best_macro_f1)
-        log.plot()
+        log.plot(save_dir / "train_curves.png")
+        log.write("end", progress.global_step, **progress.best)
         state_path.unlink(missing_ok=True)
-    logger.info("Final best macro f1 score: %.5f", progress.best_macro_f1)
+    logger.info("Final best macro f1 score: %.5f", progress.best["macro_f1"])
     logger.info("Save best macro f1 text classification model in %s", args.save_dir)
+
+
+def is_finished(args):
+    """True if --resume finds a finished run; a stopped one is not silently overwritten."""
+    state, log = Path(args.save_dir) / STATE_FILE, Path(args.save_dir) / LOG_FILE
+    if state.exists() and not args.resume:
+        raise UserError(f"{state}: a stopped run; add --resume, or remove the file to start anew")
+    if args.resume and not state.exists() and log.exists():
+        lines = log.read_text(encoding="utf-8").splitlines()
+        return bool(lines) and json.loads(lines[-1])["event"] == "end"
+    return False
+
+
+def run(args):
+    """Reads and encodes the data, builds the model, trains."""
+    if is_finished(args):
+        logger.info("%s holds a finished run; nothing to resume", args.save_dir)
+        return
+    data = Path(args.dataset_dir)
+    labels = utils.read_labels(data / args.label_file)
+    texts, label_ids = utils.read_examples(data / args.train_file, labels)
+    dev_texts, dev_label_ids = utils.read_examples(data / args.dev_file, labels)
+    identity = fingerprint(args)
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    paddle.seed(args.seed)
+    with tempfile.TemporaryDirectory() as work_dir, logging_redirect_tqdm([logger]):
+        model, folder = load_pretrained(args.model_name, len(labels), labels, Path(work_dir))
+        utils.check_length(args.max_seq_length, model.config.max_position_embeddings)
+        if args.init_from_ckpt:
+            set_weights(model, utils.load_weights(args.init_from_ckpt), args.init_from_ckpt)
+        if args.dropout is not None:
+            set_dropout(model, args.dropout)
+        model.config.id2label = dict(enumerate(labels))
+        model.config.label2id = {name: i for i, name in enumerate(labels)}
+        model.config.max_seq_length = args.max_seq_length
+        model.config.thresholds = None  # of another training, if the folder had any
+        tokenizer = utils.load_tokenizer(folder)
+        ids, cut = utils.encode(texts, tokenizer, args.max_seq_length)
+        dev_ids, dev_cut = utils.encode(dev_texts, tokenizer, args.max_seq_length)
+        utils.warn_truncated(cut + dev_cut, len(ids) + len(dev_ids), args.max_seq_length)
+        for name, encoded in (("Train", ids), ("Dev", dev_ids)):
+            logger.info("%s set: %d texts, %d tokens", name, len(encoded), sum(map(len, encoded)))
+        Path(args.save_dir).mkdir(parents=True, exist_ok=True)
+        examples, dev_examples = (ids, label_ids), (dev_ids, dev_label_ids)
+        train(args, identity, model, len(labels), examples, dev_examples, folder)
 
 
 def main(argv=None):
     args = parse_args(argv)
-    check_args(args)
     set_device(args.device)
-    if dist.get_world_size() > 1:
+    if dist.get_world_size() == 1:
+        return run(args)
+    with lost_worker_message(args.save_dir):
         dist.init_parallel_env()
-    rank = dist.get_rank()
-    if rank:
-        logger.setLevel("WARNING")  # every rank would say the same
-    data, save_dir = Path(args.dataset_dir), Path(args.save_dir)
-    labels = utils.read_labels(data / args.label_file)
-    train_texts, train_labels = utils.read_examples(data / args.train_file, labels)
-    dev_texts, dev_labels = utils.read_examples(data / args.dev_file, labels)
-    run = fingerprint(args, dist.get_world_size())
-    if finished(args, save_dir):
-        return
-
-    random.seed(args.seed)
-    np.random.seed(args.seed)
-    paddle.seed(args.seed)
-    save_dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as work_dir, logging_redirect_tqdm([logger]):
-        model, tokenizer_dir = load_pretrained(
-            args.model_name, labels, args.dropout, Path(work_dir)
-        )
-        utils.check_length(args.max_seq_length, model.config.max_position_embeddings)
-        if args.init_from_ckpt:
-            set_weights(model, utils.load_weights(args.init_from_ckpt), args.init_from_ckpt)
-        model.config.id2label = dict(enumerate(labels))
-        model.config.label2id = {name: i for i, name in enumerate(labels)}
-        model.config.max_seq_length = args.max_seq_length
-        model.config.thresholds = None
-        tokenizer = utils.load_tokenizer(tokenizer_dir)
-        train_ids, cut = utils.encode(train_texts, tokenizer, args.max_seq_length)
-        dev_ids, dev_cut = utils.encode(dev_texts, tokenizer, args.max_seq_length)
-        utils.warn_truncated(cut + dev_cut, len(train_ids) + len(dev_ids), args.max_seq_length)
-        logger.info(
-            "Train dataset: %d texts, %d tokens; dev dataset: %d texts, %d tokens; %d labels",
-            *(len(train_ids), sum(map(len, train_ids)), len(dev_ids), sum(map(len, dev_ids))),
-            len(labels),
-        )
-        train(
-            args,
-            run,
-            model,
-            labels,
-            (train_ids, train_labels),
-            (dev_ids, dev_labels),
-            tokenizer_dir,
-        )
-
-
-def finished(args, save_dir):
-    """True if --resume finds a finished run; an unfinished one is not silently overwritten."""
-    state, log = save_dir / STATE_FILE, save_dir / LOG_FILE
-    if state.exists() and not args.resume:
-        raise UserError(
-            f"{state}: a stopped run; continue it with --resume, or remove the file to start anew"
-        )
-    if args.resume and not state.exists() and log.exists():
-        lines = log.read_text(encoding="utf-8").splitlines()
-        if lines and json.loads(lines[-1]).get("event") == "end":
-            logger.info("%s holds a finished run; nothing to resume", save_dir)
-            return True
-    return False
+        if dist.get_rank():
+            logger.setLevel("WARNING")  # every rank would say the same
+        run(args)
 
 
 if __name__ == "__main__":

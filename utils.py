@@ -1,12 +1,14 @@
 """Read, encode, batch, run batches, save: the pipeline that every script shares.
 
-    text - read_* -> examples - encode -> token ids - batches -> forward -> logits - metric.decode -> labels
+    text - read_* -> examples - encode -> token ids - batches -> forward -> logits
+    logits - metric.decode -> labels
 
-`forward` is any callable from a padded NumPy batch (`input_ids`, `token_type_ids`, int64 [batch, length])
-to NumPy logits (float32 [batch, classes]); dygraph, static Paddle and every server supply their own.
-This file imports no deep-learning framework, so that a deployment can use it without one.
+`forward` is any callable from a padded NumPy batch (`input_ids`, `token_type_ids`, int64
+[batch, length]) to NumPy logits (float32 [batch, classes]); every back end supplies its own. This
+file imports no deep-learning framework, so that a deployment can use it without one.
 """
 
+import argparse
 import contextlib
 import json
 import logging
@@ -68,6 +70,19 @@ def cli(main):
     sys.exit(2)
 
 
+def at_least(minimum):
+    """An argparse type: a number of the same kind as `minimum` and not below it."""
+
+    def parse(value):
+        number = type(minimum)(value)
+        if not number >= minimum:
+            raise argparse.ArgumentTypeError(f"{value} is below {minimum}")
+        return number
+
+    parse.__name__ = type(minimum).__name__  # argparse names it in "invalid int value"
+    return parse
+
+
 # ---------------------------------------------------------------------------------------- read
 def _decoded_lines(path, problems):
     """Yields (line number, text) of a UTF-8 file, BOM, LF or CRLF; bad lines go to `problems`."""
@@ -122,9 +137,9 @@ def read_labels(path):
 def read_examples(path, labels):
     """Reads `text<TAB>label,label` lines of a train, dev or test file.
 
-    Returns (texts, label_ids): a list of str and a list of int lists, ids in the order of the line.
-    `text<TAB>` is a sample without labels; blank lines are skipped with one warning; the header line
-    that predict.py writes is skipped too, so that its output can be read back.
+    Returns (texts, label_ids): a list of str and a list of int lists, in the order of the line.
+    `text<TAB>` is a sample without labels; blank lines are skipped with one warning; the header
+    line that predict.py writes is skipped too, so that its output can be read back.
     Raises UserError that lists up to 10 offending lines.
     """
     ids = {name: i for i, name in enumerate(labels)}
@@ -205,7 +220,7 @@ _SYMBOLS = Regex(r"[\p{S}\u00B2\u00B5\u00BA\u00D8\u014B\u01B1\u3007]")
 
 
 def load_tokenizer(folder):
-    """The tokenizer of a model folder (vocab.txt, tokenizer_config.json): PaddleNLP's token ids, faster.
+    """The tokenizer of a model folder; gives the same token ids as PaddleNLP's, faster.
 
     Raises UserError if vocab.txt is missing or lacks a special token.
     """
@@ -256,8 +271,8 @@ def batches(lengths, batch_size, rng=None, batching="sorted", group=1, window=50
 
     Without `rng` (evaluation) the longest texts come first. With `rng` (training) the order is
     shuffled; `batching="sorted"` then sorts by length inside windows of `window` batches, so that
-    little is padded, and shuffles the batches. `group` batches of like length stay side by side: the
-    ranks of one training step share them; the last group is filled up with the first batches.
+    little is padded, and shuffles the batches. `group` batches of like length stay side by side for
+    the ranks of one training step; the last group is filled up with the first batches.
     """
     lengths = np.asarray(lengths)
     if rng is None:
@@ -324,7 +339,7 @@ def read_json(path):
 
 
 def read_model_info(folder):
-    """Raises UserError if `folder` is not a checkpoint of this project or its config.json is broken."""
+    """ModelInfo of a checkpoint or bundle; raises UserError if it is none or is broken."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give the folder that train.py wrote")
@@ -396,7 +411,7 @@ def load_weights(path):
     try:
         with open(path, "rb") as file:
             loaded = _ArrayUnpickler(file, encoding="latin1").load()
-        # paddle.save stores a lone tensor as (name, array), and its own name table beside the state.
+        # paddle.save stores a tensor as (name, array), and a table of names beside them.
         weights = {k: v[1] if isinstance(v, tuple) else v for k, v in loaded.items()}
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
@@ -408,6 +423,16 @@ def load_weights(path):
 def save_weights(file, weights):
     """Writes {parameter name: array} in the format of paddle.save to an open binary file."""
     pickle.dump(dict(weights), file, protocol=4)
+
+
+def copy_tokenizer(source, target):
+    """Copies the tokenizer files of a model folder; writes the configuration if there is none."""
+    for name in TOKENIZER_FILES:
+        if (Path(source) / name).exists():
+            shutil.copyfile(Path(source) / name, Path(target) / name)
+    config = Path(target) / "tokenizer_config.json"
+    if not config.exists():  # PaddleNLP cannot load the folder without
+        config.write_text('{"tokenizer_class": "ErnieTokenizer", "do_lower_case": true}\n')
 
 
 # ------------------------------------------------------------------------------------------ save
@@ -443,10 +468,11 @@ def atomic_file(path, mode="w"):
 
 @contextlib.contextmanager
 def atomic_folder(path, last=WEIGHTS_FILE):
-    """`with atomic_folder(path) as temporary`: what the block puts there appears in `path` as a whole.
+    """`with atomic_folder(path) as temporary`: what the block puts there appears as a whole.
 
-    A new folder is renamed into place. In an old one files are replaced one by one, and `last`, without
-    which no reader accepts the folder, is taken away first and put back last unless nothing else changed.
+    A new folder is renamed into place. In an old one the files are replaced one by one; `last`,
+    without which no reader accepts the folder, is taken away first and put back last, unless it is
+    all that changed.
     """
     path = Path(os.path.abspath(path))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -3,11 +3,10 @@
 python evaluate.py --device cpu --dataset_dir ../data --params_path ../checkpoint
 """
 
-import zlib  # noqa: F401  libpaddle exports zlib symbols of its own; loaded after it, zlib crashes
-
 import argparse
 import json
 import sys
+import zlib  # noqa: F401  libpaddle exports zlib symbols of its own; loaded after it, zlib crashes
 from pathlib import Path
 
 import numpy as np
@@ -35,9 +34,13 @@ def parse_args(argv=None):
     model.add_argument("--params_path", default="../checkpoint/", help="checkpoint folder")
     model.add_argument("--device", default="gpu", help="cpu, gpu, gpu:0, xpu or npu")
     model.add_argument(
-        "--max_seq_length", type=int, help="longest sequence (default: the checkpoint's)"
+        "--max_seq_length",
+        type=utils.at_least(3),
+        help="longest sequence (default: the checkpoint's)",
     )
-    model.add_argument("--batch_size", type=int, default=32, help="texts per forward pass")
+    model.add_argument(
+        "--batch_size", type=utils.at_least(1), default=32, help="texts per forward pass"
+    )
     output = parser.add_argument_group("output")
     output.add_argument(
         "--bad_case_path", default="./bad_case.txt", help="dev texts that are labelled wrongly"

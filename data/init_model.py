@@ -2,8 +2,8 @@
 
     python data/init_model.py --output_dir tiny_ernie --dataset_dir data
 
-The vocabulary is either a given vocab.txt or made of the characters and words of train.txt. The folder goes
-to `train.py --model_name`. Random weights know no Chinese: for real use take pretrained ones.
+The vocabulary is either a given vocab.txt or made of the characters and words of train.txt. The
+folder goes to `train.py --model_name`. Random weights know nothing: prefer pretrained ones.
 """
 
 import argparse
