@@ -181,7 +181,7 @@ def fingerprint(args):
 
 
 def save_state(path, identity, progress, model, optimizer, scaler):
-    """One file with all that a run needs to go on: safetensors, the plain values in its metadata."""
+    """One file with all that a run needs to go on; the plain values are in its metadata."""
     state = optimizer.state_dict()
     tensors = {}
     # Paddle names parameters by counting the layers of the process; the model's names are stable.
@@ -302,13 +302,17 @@ def lost_worker_message(save_dir):
             os.write(2, message.encode())
         os._exit(0)
     os.close(reading)
+
+    def all_is_said():
+        with suppress(BrokenPipeError):  # the child may have been killed
+            os.write(writing, b"1")
+
     try:
         yield
+        all_is_said()
     except (UserError, KeyboardInterrupt):
-        os.write(writing, b"1")
+        all_is_said()
         raise
-    else:
-        os.write(writing, b"1")
     finally:
         os.close(writing)
         os.waitpid(child, 0)
@@ -316,7 +320,7 @@ def lost_worker_message(save_dir):
 
 # --------------------------------------------------------------------------------------- training
 def improved(result, best):
-    """Higher macro F1 is better; while it is still 0, lower dev loss is. Any is better than none."""
+    """Higher macro F1 is better; while that is 0, lower dev loss is; any is better than none."""
     if best is None or result["macro_f1"] != best["macro_f1"]:
         return best is None or result["macro_f1"] > best["macro_f1"]
     return result["macro_f1"] == 0 and result["loss"] < best["loss"]
@@ -463,14 +467,18 @@ def train(args, identity, model, num_labels, examples, dev_examples, tokenizer_d
 
 
 def is_finished(args):
-    """True if --resume finds a finished run; a stopped one is not silently overwritten."""
-    state, log = Path(args.save_dir) / STATE_FILE, Path(args.save_dir) / LOG_FILE
-    if state.exists() and not args.resume:
-        raise UserError(f"{state}: a stopped run; add --resume, or remove the file to start anew")
-    if args.resume and not state.exists() and log.exists():
-        lines = log.read_text(encoding="utf-8").splitlines()
-        return bool(lines) and json.loads(lines[-1])["event"] == "end"
-    return False
+    """True if --resume finds a finished run; a stopped one is not silently overwritten.
+
+    Rank 0 decides for all: other machines need not have the folder.
+    """
+    state, log, finished = Path(args.save_dir) / STATE_FILE, Path(args.save_dir) / LOG_FILE, False
+    if dist.get_rank() == 0:
+        if state.exists() and not args.resume:
+            raise UserError(f"{state}: a stopped run; add --resume, or remove it to start anew")
+        if args.resume and not state.exists() and log.exists():
+            lines = log.read_text(encoding="utf-8").splitlines()
+            finished = bool(lines) and json.loads(lines[-1])["event"] == "end"
+    return bool(all_reduce(np.array([int(finished)]))[0])
 
 
 def run(args):
