@@ -1,0 +1,400 @@
+"""train.py: what a run leaves behind, resuming, several processes, bad input."""
+
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import paddle
+import pytest
+from conftest import REPO, SAMPLE
+
+import train
+import utils
+
+BASE = ["--device", "cpu", "--epochs", "2", "--learning_rate", "1e-3", "--logging_steps", "1"]
+
+
+def argv(data, model, save_dir, *extra):
+    paths = ["--dataset_dir", data, "--model_name", model, "--save_dir", save_dir]
+    return [str(a) for a in [*BASE, *paths, *extra]]
+
+
+def records(save_dir, event):
+    lines = (save_dir / "train_log.jsonl").read_text(encoding="utf-8").splitlines()
+    return [r for r in map(json.loads, lines) if r["event"] == event]
+
+
+def weights(save_dir):
+    return utils.load_weights(save_dir / "model_state.pdparams")
+
+
+def same_weights(a, b):
+    a, b = weights(a), weights(b)
+    return a.keys() == b.keys() and all(a[k].tobytes() == b[k].tobytes() for k in a)
+
+
+@pytest.fixture(scope="module")
+def finished(small_data, tiny_model, tmp_path_factory):
+    """An undisturbed run that others are compared with."""
+    save_dir = tmp_path_factory.mktemp("run") / "checkpoint"
+    train.main(argv(small_data, tiny_model, save_dir, "--warmup", "--warmup_steps", "2"))
+    return save_dir
+
+
+def start(args, cwd, launch=()):
+    """train.py in a process of its own; `launch`: flags of paddle.distributed.launch."""
+    command = [sys.executable]
+    if launch:
+        command += ["-m", "paddle.distributed.launch", *launch]
+    command += [str(REPO / "train.py"), *args]
+    return subprocess.Popen(
+        command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def wait_for(path, process, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        assert process.poll() is None and time.monotonic() < deadline, process.stdout.read()
+        time.sleep(0.05)
+
+
+# ------------------------------------------------------------------------------ a finished run
+def test_reaches_the_floor_on_the_sample(checkpoint):
+    best = records(checkpoint, "end")[-1]
+    assert best["micro_f1"] >= 0.90
+    assert best["macro_f1"] == max(r["macro_f1"] for r in records(checkpoint, "eval"))
+
+
+def test_files_and_content_of_the_checkpoint(finished, small_data):
+    assert {p.name for p in finished.iterdir()} == {
+        "config.json",
+        "model_state.pdparams",
+        "tokenizer_config.json",
+        "vocab.txt",
+        "train_log.jsonl",
+        "train_curves.png",
+    }
+    info = utils.read_model_info(finished)
+    assert info.labels == utils.read_labels(small_data / "label.txt")
+    assert (info.max_seq_length, info.thresholds) == (128, None)
+    assert (finished / "train_curves.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_log_has_one_object_per_step_and_evaluation(finished):
+    steps = records(finished, "train")
+    assert [r["step"] for r in steps] == [1, 2, 3, 4, 5, 6]  # 96 texts, batch 32, 2 epochs
+    assert {"epoch", "loss", "lr", "micro_f1", "macro_f1"} <= steps[0].keys()
+    assert [r["step"] for r in records(finished, "eval")] == [3, 6]
+
+
+def test_best_model_is_saved_while_macro_f1_is_0(small_data, tiny_model, tmp_path):
+    extra = ["--batch_size", "4", "--learning_rate", "2e-3"]
+    train.main(argv(small_data, tiny_model, tmp_path, *extra))
+    evals = records(tmp_path, "eval")
+    assert [r["macro_f1"] for r in evals] == [0, 0], "the case is not the one to be tested"
+    assert records(tmp_path, "end")[0]["loss"] == min(r["loss"] for r in evals)
+    assert weights(tmp_path)
+
+
+def test_paddlenlp_loads_the_checkpoint(finished):
+    from paddlenlp.transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    model = AutoModelForSequenceClassification.from_pretrained(str(finished))
+    assert list(model.config.id2label.values()) == utils.read_model_info(finished).labels
+    saved = weights(finished)
+    assert all(np.array_equal(v.numpy(), saved[k]) for k, v in model.state_dict().items())
+    assert AutoTokenizer.from_pretrained(str(finished)).vocab_size > 100
+
+
+def test_log_lines_are_those_of_the_original(small_data, tiny_model, tmp_path, run_cli):
+    status, err = run_cli(train.main, argv(small_data, tiny_model, tmp_path, "--epochs", "1"))
+    assert status == 0
+    for pattern in (
+        r"\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}\] \[    INFO\] - global step 1, epoch: 1, "
+        r"batch: 1, loss: \d\.\d{5}, micro f1 score: \d\.\d{5}, macro f1 score: \d\.\d{5}, "
+        r"speed: \d+\.\d\d step/s",
+        r"eval loss: \d\.\d{5}, micro f1 score: \d\.\d{5}, macro f1 score: \d\.\d{5}",
+        r"Current best macro f1 score: \d\.\d{5}",
+        r"Final best macro f1 score: \d\.\d{5}",
+        rf"Save best macro f1 text classification model in {tmp_path}",
+    ):
+        assert re.search(pattern, err), pattern
+
+
+def test_same_command_same_weights_and_seed_matters(finished, small_data, tiny_model, tmp_path):
+    flags = ("--warmup", "--warmup_steps", "2")
+    train.main(argv(small_data, tiny_model, tmp_path / "a", *flags))
+    train.main(argv(small_data, tiny_model, tmp_path / "b", *flags, "--seed", "4"))
+    assert same_weights(finished, tmp_path / "a")
+    assert not same_weights(finished, tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        ["--batching", "random"],
+        ["--gradient_accumulation_steps", "2", "--max_grad_norm", "1.0"],
+        ["--weight_decay", "0.1", "--dropout", "0.0"],
+    ],
+)
+def test_options_change_the_weights(finished, small_data, tiny_model, tmp_path, extra):
+    train.main(argv(small_data, tiny_model, tmp_path, "--warmup", "--warmup_steps", "2", *extra))
+    assert not same_weights(finished, tmp_path)
+
+
+def test_accumulation_equals_the_large_batch(small_data, tiny_model, tmp_path):
+    """Without dropout two batches of 16 give the gradient of one of 32 (96 texts: 3 steps)."""
+    flags = ["--dropout", "0.0", "--epochs", "1", "--learning_rate", "1e-2"]
+    train.main(argv(small_data, tiny_model, tmp_path / "a", *flags))
+    flags += ["--batch_size", "16", "--gradient_accumulation_steps", "2"]
+    train.main(argv(small_data, tiny_model, tmp_path / "b", *flags))
+    assert len(records(tmp_path / "a", "train")) == len(records(tmp_path / "b", "train")) == 3
+
+
+def test_early_stop(small_data, tiny_model, tmp_path, run_cli):
+    """A learning rate of 0 never improves after the first evaluation."""
+    extra = ["--learning_rate", "0", "--epochs", "9", "--early_stop", "--early_stop_nums", "2"]
+    status, err = run_cli(train.main, argv(small_data, tiny_model, tmp_path, *extra))
+    assert status == 0 and "Early stop!" in err
+    assert len(records(tmp_path, "eval")) == 3
+
+
+def test_dropout_flag_is_kept_in_the_config(small_data, tiny_model, tmp_path):
+    train.main(argv(small_data, tiny_model, tmp_path, "--epochs", "1", "--dropout", "0.3"))
+    assert utils.read_json(tmp_path / "config.json")["hidden_dropout_prob"] == 0.3
+
+
+def test_truncated_texts_are_counted_once(small_data, tiny_model, tmp_path, run_cli):
+    extra = ["--max_seq_length", "16", "--epochs", "1"]
+    _, err = run_cli(train.main, argv(small_data, tiny_model, tmp_path, *extra))
+    assert err.count("are longer than max_seq_length 16") == 1
+    assert utils.read_model_info(tmp_path).max_seq_length == 16
+
+
+def test_visualdl_scalars(small_data, tiny_model, tmp_path):
+    logs = tmp_path / "vdl"
+    extra = ["--visualdl_dir", logs, "--epochs", "1"]
+    train.main(argv(small_data, tiny_model, tmp_path / "c", *extra))
+    assert any(p.stat().st_size > 0 for p in logs.iterdir())
+
+
+def test_init_from_ckpt(finished, small_data, tiny_model, tmp_path):
+    """With a learning rate of 0 the loaded weights come out unchanged."""
+    start_weights = finished / "model_state.pdparams"
+    extra = ["--init_from_ckpt", start_weights, "--learning_rate", "0", "--epochs", "1"]
+    train.main(argv(small_data, tiny_model, tmp_path, *extra))
+    assert same_weights(finished, tmp_path)
+
+
+def test_classifier_is_reused_only_for_the_same_labels(finished, small_data, tmp_path):
+    other = tmp_path / "data"
+    other.mkdir()
+    for path in small_data.iterdir():
+        lines = path.read_text(encoding="utf-8").splitlines()
+        if path.name == "label.txt":
+            lines[0], lines[1] = lines[1], lines[0]
+        (other / path.name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    frozen = ["--learning_rate", "0", "--epochs", "1"]
+    train.main(argv(small_data, finished, tmp_path / "same", *frozen))
+    train.main(argv(other, finished, tmp_path / "other", *frozen))
+    head = "classifier.weight"
+    assert np.array_equal(weights(tmp_path / "same")[head], weights(finished)[head])
+    assert not np.array_equal(weights(tmp_path / "other")[head], weights(finished)[head])
+
+
+# ------------------------------------------------------------------------------------- resume
+def test_resume_after_sigkill_is_exact(small_data, tiny_model, tmp_path):
+    flags = ["--warmup", "--epochs", "3", "--save_steps", "2", "--weight_decay", "0.01"]
+    flags += ["--early_stop", "--gradient_accumulation_steps", "2", "--batch_size", "8"]
+    train.main(argv(small_data, tiny_model, tmp_path / "whole", *flags))
+    args = argv(small_data, tiny_model, tmp_path / "killed", *flags)
+    process = start(args, tmp_path)
+    wait_for(tmp_path / "killed" / train.STATE_FILE, process)
+    time.sleep(0.3)
+    process.kill()
+    process.wait()
+    train.main([*args, "--resume"])
+    assert same_weights(tmp_path / "whole", tmp_path / "killed")
+    log = "train_log.jsonl"
+    assert (tmp_path / "whole" / log).read_text() == (tmp_path / "killed" / log).read_text()
+    assert not list((tmp_path / "killed").glob(".*")), "temporary files were left"
+
+
+def test_resume_faults(small_data, tiny_model, tmp_path, run_cli):
+    args = argv(small_data, tiny_model, tmp_path / "c", "--save_steps", "1", "--epochs", "3")
+    process = start(args, tmp_path)
+    wait_for(tmp_path / "c" / train.STATE_FILE, process)
+    process.kill()
+    process.wait()
+    state = (tmp_path / "c" / train.STATE_FILE).read_bytes()
+    for extra, message in (
+        ([], "a stopped run; add --resume"),
+        (["--resume", "--batch_size", "16"], "batch_size changed since the run was stopped"),
+    ):
+        status, err = run_cli(train.main, [*args, *extra])
+        assert (status, message in err) == (2, True), err
+    (tmp_path / "c" / train.STATE_FILE).write_bytes(state[: len(state) // 2])
+    status, err = run_cli(train.main, [*args, "--resume"])
+    assert status == 2 and "broken training state" in err and "Traceback" not in err
+
+
+def test_resume_of_a_finished_run_does_nothing(finished, small_data, tiny_model, run_cli):
+    before = (finished / "model_state.pdparams").stat().st_mtime_ns
+    args = argv(small_data, tiny_model, finished, "--warmup", "--warmup_steps", "2", "--resume")
+    status, err = run_cli(train.main, args)
+    assert status == 0 and "nothing to resume" in err
+    assert (finished / "model_state.pdparams").stat().st_mtime_ns == before
+
+
+def test_ctrl_c(small_data, tiny_model, tmp_path):
+    args = argv(small_data, tiny_model, tmp_path / "c", "--save_steps", "1", "--epochs", "50")
+    process = start(args, tmp_path)
+    wait_for(tmp_path / "c" / train.STATE_FILE, process)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 2, out
+    assert "Traceback" not in out and "error: interrupted" in out.splitlines()[-1]
+    assert not list((tmp_path / "c").glob(".*"))
+
+
+# ---------------------------------------------------------------------------- several processes
+LAUNCH = ["--nproc_per_node=2", "--backend=gloo", "--log_dir=log"]
+
+
+def test_two_processes_report_the_dev_figures_of_one(finished, small_data, tiny_model, tmp_path):
+    """Learning rate 0 on given weights: what is left is the evaluation."""
+    extra = ["--init_from_ckpt", finished / "model_state.pdparams", "--learning_rate", "0"]
+    extra += ["--batch_size", "8", "--epochs", "1"]
+    train.main(argv(small_data, tiny_model, tmp_path / "one", *extra))
+    process = start(argv(small_data, tiny_model, tmp_path / "two", *extra), tmp_path, LAUNCH)
+    out, _ = process.communicate(timeout=180)
+    assert process.returncode == 0, out
+    one, two = (records(tmp_path / name, "eval") for name in ("one", "two"))
+    assert one[0]["loss"] > 0 and one == two
+    assert same_weights(tmp_path / "one", tmp_path / "two")
+
+
+def children(pid):
+    return [int(p) for p in open(f"/proc/{pid}/task/{pid}/children").read().split()]
+
+
+def test_two_machines_lost_worker_and_resume(small_data, tiny_model, tmp_path):
+    """Two launches as two nodes on loopback, each with its own disk; one worker is killed."""
+    flags = ["--epochs", "3", "--batch_size", "8", "--save_steps", "2", "--warmup"]
+    args = argv(small_data, tiny_model, "checkpoint", *flags)
+
+    def nodes(name, port, *extra):
+        processes = []
+        for rank in (0, 1):
+            folder = tmp_path / name / str(rank)
+            folder.mkdir(parents=True, exist_ok=True)
+            launch = ["--nnodes=2", "--nproc_per_node=1", "--backend=gloo", "--log_dir=log"]
+            launch += [f"--master=127.0.0.1:{port}", f"--rank={rank}"]
+            processes.append(start([*args, *extra], folder, launch))
+        return processes
+
+    port = 20000 + os.getpid() % 20000
+    for process in (whole := nodes("whole", port)):
+        out, _ = process.communicate(timeout=180)
+        assert process.returncode == 0, out
+    assert len(whole) == 2
+    first, second = nodes("lost", port + 1)
+    wait_for(tmp_path / "lost" / "0" / "checkpoint" / train.STATE_FILE, first)
+    os.kill(children(second.pid)[0], signal.SIGKILL)
+    outputs = [process.communicate(timeout=120)[0] for process in (first, second)]
+    assert first.returncode != 0 and second.returncode != 0
+    assert (
+        "a worker was lost or the launch was stopped; run the same command with --resume"
+        in (outputs[0])
+    )
+    for process in nodes("lost", port + 2, "--resume"):
+        out, _ = process.communicate(timeout=180)
+        assert process.returncode == 0, out
+    saved = [tmp_path / name / "0" / "checkpoint" for name in ("whole", "lost")]
+    assert same_weights(*saved)
+
+
+# -------------------------------------------------------------------------------------- faults
+@pytest.mark.parametrize(
+    "extra, message",
+    [
+        (["--device", "gpu"], "--device gpu: this PaddlePaddle cannot use it"),
+        (["--warmup_steps", "10"], "--warmup_steps needs --warmup"),
+        (["--amp"], "--amp needs a GPU"),
+        (["--model_name", "no/such"], "--model_name no/such: neither a folder nor one of"),
+        (["--max_seq_length", "161"], "--max_seq_length 161: this model takes 3 to 160"),
+        (["--dataset_dir", "no/such"], "no/such/label.txt: No such file or directory"),
+        (["--train_file", "none.txt"], "none.txt: No such file or directory"),
+        (["--init_from_ckpt", "none.pdparams"], "none.pdparams: No such file or directory"),
+        (["--batch_size", "0"], "0 is below 1"),
+        (["--epochs", "x"], "invalid int value: 'x'"),
+    ],
+)
+def test_bad_flags(small_data, tiny_model, tmp_path, run_cli, extra, message):
+    status, err = run_cli(train.main, argv(small_data, tiny_model, tmp_path / "c", *extra))
+    assert status == 2 and message in err and "Traceback" not in err
+    assert not (tmp_path / "c").exists()
+
+
+def test_name_without_network(small_data, tmp_path, run_cli, monkeypatch):
+    """PaddleNLP is told that nothing can be reached, as on a machine without network."""
+
+    def fail(*args, **kwargs):
+        raise OSError("Can't load the model")
+
+    auto = train.transformers.AutoModelForSequenceClassification
+    monkeypatch.setattr(auto, "from_pretrained", fail)
+    args = argv(small_data, "ernie-3.0-nano-zh", tmp_path / "c")
+    status, err = run_cli(train.main, args)
+    assert status == 2
+    assert "cannot be downloaded; without network give a local folder with config.json" in err
+
+
+def test_init_from_ckpt_of_another_shape(checkpoint, small_data, tmp_path, run_cli):
+    import init_model
+
+    other = tmp_path / "other"
+    init_model.main(["--output_dir", str(other), "--dataset_dir", str(SAMPLE), "--shape", "small"])
+    extra = ["--init_from_ckpt", checkpoint / "model_state.pdparams"]
+    status, err = run_cli(train.main, argv(small_data, other, tmp_path / "c", *extra))
+    assert status == 2 and "has shape" in err and "the model needs" in err
+
+
+def test_bad_lines_are_listed_and_nothing_is_overwritten(finished, small_data, tmp_path, run_cli):
+    before = (finished / "model_state.pdparams").read_bytes()
+    data = tmp_path / "data"
+    data.mkdir()
+    for path in small_data.iterdir():
+        (data / path.name).write_bytes(path.read_bytes())
+    (data / "train.txt").write_text("一\t婚后有子女\n二\n三\t没有\n", encoding="utf-8")
+    status, err = run_cli(train.main, argv(data, finished, finished))
+    lines = err.strip().splitlines()
+    assert status == 2 and len(lines) == 2
+    assert "train.txt:2: no tab" in lines[0] and "train.txt:3: unknown label '没有'" in lines[1]
+    assert (finished / "model_state.pdparams").read_bytes() == before
+
+
+def test_full_disk_keeps_the_old_model(finished, small_data, tiny_model, run_cli):
+    """A limit on file size stands for the full disk: the model is larger than what is allowed."""
+    before = {p.name: p.read_bytes() for p in finished.iterdir() if p.name != "train_log.jsonl"}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        status, err = run_cli(train.main, argv(small_data, tiny_model, finished))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert status == 2 and "cannot write" in err and "nothing was replaced" in err
+    after = {p.name: p.read_bytes() for p in finished.iterdir() if p.name != "train_log.jsonl"}
+    assert before == after
+
+
+def test_paddle_is_the_cpu_build():
+    """The tests of --device gpu rely on it."""
+    assert not paddle.is_compiled_with_cuda()

@@ -1,0 +1,342 @@
+"""utils.py: the data contract, token ids, batches. What it keeps on disk is in test_data.py."""
+
+import argparse
+import json
+import random
+import unicodedata
+
+import numpy as np
+import pytest
+from conftest import SAMPLE
+
+import utils
+from utils import UserError
+
+LABELS = ["离婚", "财产", "债务"]
+
+
+@pytest.fixture
+def put(tmp_path):
+    """put(content) writes str or bytes to a file and returns its path."""
+
+    def put(content, name="file.txt"):
+        content = content if isinstance(content, bytes) else content.encode()
+        (tmp_path / name).write_bytes(content)
+        return tmp_path / name
+
+    return put
+
+
+# ---------------------------------------------------------------------------------------- reading
+@pytest.mark.parametrize(
+    "content, texts, label_ids",
+    [
+        ("a\t离婚,财产\nb\t债务\n", ["a", "b"], [[0, 1], [2]]),
+        ("a\t\nb\t \n", ["a", "b"], [[], []]),
+        ("a\t 离婚 , 财产\u3000\n", ["a"], [[0, 1]]),
+        ("\ufeffa\t离婚\n", ["a"], [[0]]),
+        ("a\t离婚\r\nb\t\r\n", ["a", "b"], [[0], []]),
+        ("a\t离婚\nb\t财产", ["a", "b"], [[0], [1]]),
+        ("a\t财产,离婚,财产\n", ["a"], [[1, 0]]),
+        ("\n\na\t离婚\n \n", ["a"], [[0]]),
+        ("text\tlabel\na\t离婚\n", ["a"], [[0]]),
+        ("\t\na\t离婚\n", ["", "a"], [[], [0]]),
+        # str.splitlines would end a line at each of these.
+        ("a\u2028b\x0bc\x85d\re\t离婚\n", ["a\u2028b\x0bc\x85d\re"], [[0]]),
+    ],
+)
+def test_examples(put, content, texts, label_ids):
+    assert utils.read_examples(put(content), LABELS) == (texts, label_ids)
+
+
+def test_header_is_a_sample_where_it_can_be_one(put):
+    assert utils.read_examples(put("text\tlabel\n"), ["label"]) == (["text"], [[0]])
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("a\t离婚\nb 离婚\n", ":2: no tab"),
+        ("a\tb\t离婚\n", ":1: 2 tabs"),
+        ("a\t离婚\n\nb\t债\n", ":3: unknown label '债'"),
+        ("a\t离婚，财产\n", ":1: unknown label '离婚，财产'"),
+        ("a\t离婚,\n", ":1: unknown label ''"),
+        ("a\t离婚\n".encode() + b"b\xff\t\n", ":2: not valid UTF-8 (byte 0xff at column 2)"),
+        ("", ": no samples"),
+        ("\n \n", ": no samples"),
+        ("text\tlabel\n", ": no samples"),
+    ],
+)
+def test_bad_examples(put, content, message):
+    path = put(content)
+    with pytest.raises(UserError) as error:
+        utils.read_examples(path, LABELS)
+    assert str(error.value).startswith(f"{path}{message}")
+
+
+def test_missing_files(tmp_path):
+    for read in (utils.read_labels, lambda p: utils.read_examples(p, LABELS)):
+        for path in (tmp_path / "none.txt", tmp_path):
+            with pytest.raises(UserError, match=str(path)):
+                read(path)
+    with pytest.raises(UserError, match="none.txt: No such file"):
+        next(utils.read_texts(tmp_path / "none.txt"))
+
+
+@pytest.mark.parametrize("faults", [10, 23])
+def test_ten_faults_are_listed_at_once(put, faults):
+    kinds = ["no tab\n", "a\tb\tc\n", "a\t债\n", b"\xff\t\n"]
+    lines = [kinds[i % 4] for i in range(faults)]
+    path = put(b"".join(line if isinstance(line, bytes) else line.encode() for line in lines))
+    with pytest.raises(UserError) as error:
+        utils.read_examples(path, LABELS)
+    message = str(error.value).split("\n")
+    assert [line.split(":")[1] for line in message[:10]] == [str(i) for i in range(1, 11)]
+    assert message[10:] == ([f"... and {faults - 10} more such lines"] if faults > 10 else [])
+
+
+def test_blank_lines_are_counted_in_one_warning(put, capsys):
+    utils.read_examples(put("\na\t\n  \n\u3000\r\n"), LABELS)
+    warnings = capsys.readouterr().err.splitlines()
+    assert len(warnings) == 1 and "file.txt: skipped 3 blank line(s)" in warnings[0]
+
+
+@pytest.mark.parametrize("content", ["离婚\n财产\n债务", "\ufeff离婚\r\n 财产 \r\n债务\r\n"])
+def test_labels(put, content):
+    assert utils.read_labels(put(content)) == LABELS
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("离婚\n\n财产\n", ":2: blank"),
+        ("离婚\n财产\n 离婚\n", ":3: label '离婚' stands already in line 1"),
+        ("离婚,财产\n", ":1: label '离婚,财产' has a comma"),
+        ("离婚\t财产\n", ":1: label '离婚\t财产' has a comma or tab"),
+        ("", ": no labels"),
+        (b"a\n\xe5\n", ":2: not valid UTF-8"),
+    ],
+)
+def test_bad_labels(put, content, message):
+    path = put(content)
+    with pytest.raises(UserError) as error:
+        utils.read_labels(path)
+    assert str(error.value).startswith(f"{path}{message}")
+
+
+@pytest.mark.parametrize(
+    "content, texts",
+    [
+        ("a\n\nb", ["a", "", "b"]),
+        ("\n\n", ["", ""]),
+        ("\ufeff a\tb \r\n\r\n", [" a\tb ", ""]),
+    ],
+)
+def test_every_line_of_a_data_file_is_a_text(put, content, texts):
+    assert list(utils.read_texts(put(content))) == texts
+
+
+def test_bad_data_files(put):
+    with pytest.raises(UserError, match="empty file"):
+        list(utils.read_texts(put("")))
+    for content in (b"a\n\xff\nb\n", b"a\n\xff"):
+        with pytest.raises(UserError, match="file.txt:2: not valid UTF-8"):
+            list(utils.read_texts(put(content)))
+
+
+# --------------------------------------------------------------------------------------- encoding
+def make_folder(folder, vocab, lower=True):
+    folder.mkdir(exist_ok=True)
+    (folder / "vocab.txt").write_text("\n".join(vocab) + "\n", encoding="utf-8")
+    config = {"tokenizer_class": "ErnieTokenizer", "do_lower_case": lower}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_truncation(tmp_path):
+    folder = make_folder(tmp_path, [*utils.SPECIAL_TOKENS, "中", "文", "a", "##b"])
+    encoded, cut = utils.encode(["中文ab", "中文", "", "中?"], utils.load_tokenizer(folder), 4)
+    assert [ids.tolist() for ids in encoded] == [[1, 5, 6, 2], [1, 5, 6, 2], [1, 2], [1, 5, 4, 2]]
+    assert cut == 1 and all(ids.dtype == np.int32 for ids in encoded)
+
+
+def test_cut_texts_are_reported(capsys):
+    utils.warn_truncated(0, 8, 128)
+    assert not capsys.readouterr().err
+    utils.warn_truncated(2, 8, 128)
+    assert "2 of 8 texts (25.0%) are longer than max_seq_length 128" in capsys.readouterr().err
+
+
+def test_vocabulary_without_special_tokens(tmp_path):
+    with pytest.raises(UserError, match="vocab.txt: No such file"):
+        utils.load_tokenizer(tmp_path)
+    with pytest.raises(UserError, match=r"\[CLS\], \[SEP\] missing"):
+        utils.load_tokenizer(make_folder(tmp_path, ["[PAD]", "[MASK]", "[UNK]", "中"]))
+
+
+def differences(folder, texts):
+    """The texts whose ids differ from those of PaddleNLP's tokenizer of the same folder."""
+    from paddlenlp.transformers import AutoTokenizer, ErnieTokenizer
+
+    reference = AutoTokenizer.from_pretrained(str(folder))
+    assert isinstance(reference, ErnieTokenizer)
+    ours, _ = utils.encode(texts, utils.load_tokenizer(folder), 512)
+    theirs = (reference(text, max_seq_len=512)["input_ids"] for text in texts)
+    return [text for text, a, b in zip(texts, ours, theirs) if a.tolist() != b]
+
+
+def test_ids_of_the_real_set(shared, tmp_path):
+    labels = utils.read_labels(shared / "data/divorce/label.txt")
+    files = [shared / "data/divorce" / name for name in ("train.txt", "dev.txt")]
+    texts = [text for path in files for text in utils.read_examples(path, labels)[0]]
+    vocab = utils.read_texts(shared / "vocab/ernie_3.0_base_zh_vocab.txt")
+    assert len(texts) == 15988
+    assert differences(make_folder(tmp_path / "real", vocab), texts) == []
+
+
+def test_ids_of_the_sample(tiny_model):
+    texts = [
+        line.split("\t")[0] for name in ("dev", "data") for line in open(SAMPLE / f"{name}.txt")
+    ]
+    assert differences(tiny_model, texts) == []
+
+
+def fuzz():
+    """Texts of many scripts; characters that this Python's Unicode tables lack are left out."""
+    ranges = [(0x20, 0x7F), (0xA0, 0x250), (0x250, 0x300), (0x370, 0x530), (0x2000, 0x2C00)]
+    ranges += [(0x3000, 0x3100), (0x4E00, 0x4F00), (0xFF00, 0xFFF0), (0x1F300, 0x1FA00)]
+    rng, texts = (
+        random.Random(3),
+        ["a" * 100, "a" * 101, "中" * 130, "", "  ", "é" * 100, "é" * 101],
+    )
+    tokens = ["[SEP]", "[CLS]", "[PAD]", "[MASK]", "[UNK]", "[sep]", "[SEP", "]", " ", "x" * 101]
+    for start, stop in ranges:
+        pool = [chr(c) for c in range(start, stop)]
+        pool = [c for c in pool if unicodedata.category(c) not in ("Cn", "Co", "Mn")]
+        texts += [f"a{c}b{c}{c}中{c}" for c in pool]
+        for mixed in (pool, pool + tokens * 20, pool[:20] + [" ", "a", "1", "中"] * 5):
+            texts += ["".join(rng.choices(mixed, k=rng.randint(1, 30))) for _ in range(150)]
+    return texts
+
+
+@pytest.mark.parametrize("lower", [True, False])
+def test_ids_of_a_fuzz(tmp_path, lower):
+    """The vocabulary knows every character and its piece, so a wrong split shows in the ids."""
+    texts = fuzz()
+    characters = sorted({c for text in texts for c in text + text.lower() if c.strip()})
+    vocab = [*utils.SPECIAL_TOKENS, *characters, *(f"##{c}" for c in characters)]
+    assert differences(make_folder(tmp_path / "fuzz", vocab, lower), texts) == []
+
+
+@pytest.mark.parametrize("lower", [True, False])
+def test_ids_of_english(tmp_path, lower):
+    text = "The Parties' naïve re-sale (café, $1,250.50!) wasn't UNFAIR; e.g. state-of-the-art™ 3°"
+    pieces = ["the", "The", "part", "##ies", "un", "##fair", "UN", "##FAIR", "sale", "na", "##ive"]
+    letters = sorted({c for c in text + text.lower() if c.isascii() and not c.isspace()})
+    vocab = [*utils.SPECIAL_TOKENS, *pieces, *letters, *(f"##{c}" for c in letters)]
+    texts = [text, *text.split(), text.replace(" ", "  "), text.upper()]
+    assert differences(make_folder(tmp_path / "en", vocab, lower), texts) == []
+
+
+def test_tokenizer_configuration_is_written_where_it_lacks(tmp_path):
+    (tmp_path / "to").mkdir()
+    make_folder(tmp_path / "from", utils.SPECIAL_TOKENS, lower=False)
+    utils.copy_tokenizer(tmp_path / "from", tmp_path / "to")
+    assert utils.read_json(tmp_path / "to/tokenizer_config.json")["do_lower_case"] is False
+    for name in ("from", "to"):
+        (tmp_path / name / "tokenizer_config.json").unlink()
+    utils.copy_tokenizer(tmp_path / "from", tmp_path / "to")
+    assert differences(tmp_path / "to", ["a[SEP]中"]) == []
+
+
+# ---------------------------------------------------------------------------------------- batches
+LENGTHS = np.clip(np.random.default_rng(1).lognormal(3.8, 0.6, 3000), 3, 128).astype(int)
+
+
+def padded(plan):
+    return sum(len(index) * LENGTHS[index].max() for index in plan)
+
+
+def test_evaluation_batches():
+    plan = utils.batches(LENGTHS, 32)
+    order = np.concatenate(plan)
+    assert sorted(order) == list(range(3000)) and {len(b) for b in plan[:-1]} == {32}
+    assert (np.diff(LENGTHS[order]) <= 0).all()
+
+
+@pytest.mark.parametrize("batching", ["sorted", "random"])
+def test_training_batches(batching):
+    def plan(seed):
+        np.random.seed(seed)  # the global state must have no say
+        return [b.tolist() for b in utils.batches(LENGTHS, 32, np.random.default_rng(7), batching)]
+
+    assert sorted(sum(plan(0), [])) == list(range(3000))
+    assert plan(0) == plan(1)
+    other = utils.batches(LENGTHS, 32, np.random.default_rng(8), batching)
+    contents = {frozenset(batch) for batch in plan(0)}
+    assert not contents & {frozenset(batch) for batch in other}  # mixed anew in each epoch
+
+
+def test_sorted_batches_pad_little_and_come_in_random_order():
+    rng = np.random.default_rng(7)
+    plan = utils.batches(LENGTHS, 32, rng, "sorted")
+    assert padded(plan) < 1.1 * LENGTHS.sum()
+    assert padded(utils.batches(LENGTHS, 32, rng, "random")) > 1.8 * LENGTHS.sum()
+    means = [LENGTHS[index].mean() for index in plan]
+    assert abs(np.corrcoef(means, range(len(means)))[0, 1]) < 0.35
+
+
+@pytest.mark.parametrize("world", [2, 3, 8])
+@pytest.mark.parametrize("examples", [1, 33, 97, 3000])
+def test_every_rank_gets_a_batch_of_like_length(examples, world):
+    lengths = LENGTHS[:examples]
+    plan = utils.batches(lengths, 32, np.random.default_rng(7), group=world)
+    num_batches = -(-examples // 32)
+    assert len(plan) == -(-num_batches // world) * world
+    assert set(np.concatenate(plan)) == set(range(examples))
+    if examples == 3000:
+        longest = np.array([lengths[index].max() for index in plan]).reshape(-1, world)
+        spread = np.sort(longest.max(1) - longest.min(1))[:-1]  # the filled-up group may be mixed
+        assert np.median(spread) <= 8
+
+
+def toy_forward(input_ids, token_type_ids):
+    """Logits that tell which text they belong to, and that do not depend on the padding."""
+    assert input_ids.dtype == token_type_ids.dtype == np.int64 and not token_type_ids.any()
+    return np.stack([input_ids.sum(1), (input_ids > 0).sum(1)], axis=1).astype(np.float32)
+
+
+def toy_texts(n=50):
+    rng = np.random.default_rng(2)
+    return [rng.integers(1, 1000, rng.integers(2, 20)).astype(np.int32) for _ in range(n)]
+
+
+def test_pad():
+    batch = utils.pad([np.array([1, 2]), np.array([1, 5, 2])], pad_id=9)
+    assert batch["input_ids"].tolist() == [[1, 2, 9], [1, 5, 2]]
+    assert batch["token_type_ids"].tolist() == [[0, 0, 0], [0, 0, 0]]
+
+
+def test_logits_come_back_in_the_order_of_the_texts():
+    encoded = toy_texts()
+    logits = utils.logits_of(toy_forward, encoded, 8, 2)
+    assert logits.tolist() == [[ids.sum(), len(ids)] for ids in encoded]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 9])
+def test_ranks_share_the_batches(world):
+    encoded = toy_texts()
+    runs = [list(utils.run_batches(toy_forward, encoded, 8, r, world)) for r in range(world)]
+    assert sorted(i for run in runs for _, index, _ in run for i in index) == list(range(50))
+    assert sorted(number for run in runs for number, _, _ in run) == list(range(7))
+
+
+def test_small_helpers():
+    assert list(utils.chunks(iter(range(5)), 2)) == [[0, 1], [2, 3], [4]]
+    assert utils.multi_hot([[0, 2], []], 3).tolist() == [[1, 0, 1], [0, 0, 0]]
+    assert utils.at_least(3)("3") == 3 and utils.at_least(0.0)("1e-3") == 1e-3
+    for minimum, value in ((3, "2"), (0.0, "-1"), (0.0, "nan")):
+        with pytest.raises(argparse.ArgumentTypeError):
+            utils.at_least(minimum)(value)
+    with pytest.raises(ValueError):
+        utils.at_least(3)("x")
