@@ -242,9 +242,9 @@ def load_state(path, identity, progress, model, optimizer, scaler):
 
 # ------------------------------------------------------------------------------------------ logs
 class TrainLog:
-    """train_log.jsonl (one object per log or evaluation) and VisualDL scalars; rank 0 writes."""
+    """train_log.jsonl (flags, then an object per log or evaluation), VisualDL; rank 0 writes."""
 
-    def __init__(self, path, size, visualdl_dir):
+    def __init__(self, path, size, flags, visualdl_dir):
         self.path, self.writer = path, None
         path.touch()
         os.truncate(path, size)  # a killed run may have logged more than its state knows
@@ -253,6 +253,8 @@ class TrainLog:
             from visualdl import LogWriter  # takes seconds to import
 
             self.writer = LogWriter(logdir=visualdl_dir)
+        if size == 0:
+            self.file.write(json.dumps({"event": "start", "step": 0, "flags": flags}) + "\n")
 
     def write(self, event, step, **values):
         self.file.write(json.dumps({"event": event, "step": step, **values}) + "\n")
@@ -404,7 +406,9 @@ def train(args, identity, model, num_labels, examples, dev_examples, tokenizer_d
         with suppress(FileNotFoundError):  # stopped before it saved anything: from the start
             load_state(state_path, identity, progress, model, optimizer, scaler)
     parallel = paddle.DataParallel(model) if world_size > 1 else model
-    log = TrainLog(save_dir / LOG_FILE, progress.log_size, args.visualdl_dir) if rank == 0 else None
+    log = None
+    if rank == 0:
+        log = TrainLog(save_dir / LOG_FILE, progress.log_size, identity, args.visualdl_dir)
 
     counts = None
 

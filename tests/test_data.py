@@ -5,7 +5,6 @@ import json
 import os
 import pickle
 import resource
-import signal
 import stat
 
 import init_model
@@ -177,33 +176,6 @@ def test_broken_model_folder(tmp_path, content):
         utils.read_model_info(tmp_path / "none")
 
 
-@pytest.mark.parametrize(
-    "content, message",
-    [
-        ("离婚\n财产\n", None),
-        ("财产\n离婚\n", ":1: '财产' where the model has '离婚'"),
-        ("离婚\n债务\n", ":2: '债务' where the model has '财产'"),
-        ("离婚\n", ": 1 labels where the model has 2"),
-        ("离婚\n财产\n债务\n", ": 3 labels where the model has 2"),
-    ],
-)
-def test_label_file_against_the_model(tmp_path, content, message):
-    utils.check_labels(tmp_path / "label.txt", LABELS)  # it may be missing
-    (tmp_path / "label.txt").write_text(content, encoding="utf-8")
-    if message is None:
-        return utils.check_labels(tmp_path / "label.txt", LABELS)
-    with pytest.raises(UserError, match=f"label.txt{message}"):
-        utils.check_labels(tmp_path / "label.txt", LABELS)
-
-
-def test_length_against_the_model():
-    for length in (3, 160):
-        utils.check_length(length, 160)
-    for length in (2, 161):
-        with pytest.raises(UserError, match=f"--max_seq_length {length}: .* 3 to 160 tokens"):
-            utils.check_length(length, 160)
-
-
 # ---------------------------------------------------------------------------------------- weights
 class Call:
     """Pickles as a call of `function`."""
@@ -367,32 +339,3 @@ def test_old_folder_stays_when_writing_fails(tmp_path, monkeypatch, fault, exist
             full_disk(monkeypatch)
     assert os.listdir(tmp_path) == (["model"] if exists else [])
     assert not exists or content_of(tmp_path / "model") == OLD
-
-
-# ------------------------------------------------------------------------------------------- cli
-@pytest.mark.parametrize(
-    "error, message",
-    [
-        (UserError("train.txt:17: no tab"), "error: train.txt:17: no tab\n"),
-        (OSError(errno.ENOSPC, "No space left", "f.txt"), "error: f.txt: No space left\n"),
-        (OSError("broken pipe"), "error: broken pipe\n"),
-        (KeyboardInterrupt(), "error: interrupted; no file was left half-written\n"),
-    ],
-)
-def test_errors_of_the_user_are_one_line(run_cli, error, message):
-    def main(argv):
-        raise error
-
-    assert run_cli(main, []) == (2, message)
-    assert run_cli(lambda argv: None, []) == (0, "")
-    with pytest.raises(ZeroDivisionError):  # our own mistakes keep their traceback
-        run_cli(lambda argv: 1 / 0, [])
-
-
-def test_ctrl_c_works_in_a_background_job_too(run_cli):
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as `python train.py &` starts it
-    try:
-        status, error = run_cli(lambda argv: os.kill(os.getpid(), signal.SIGINT), [])
-    finally:
-        signal.signal(signal.SIGINT, before)
-    assert status == 2 and error.startswith("error: interrupted")

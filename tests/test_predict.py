@@ -1,0 +1,352 @@
+"""predict.py on a trained checkpoint, what it refuses, and how errors reach the user."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import paddle
+import pytest
+from conftest import REPO, SAMPLE
+
+import export_model
+import metric
+import predict
+import utils
+from utils import UserError
+
+LABELS = utils.read_labels(SAMPLE / "label.txt")
+DEV_TEXTS, DEV_LABELS = utils.read_examples(SAMPLE / "dev.txt", LABELS)
+
+
+@pytest.fixture
+def run(checkpoint, tmp_path):
+    """run(data, *flags) predicts the bytes or the texts `data`; returns the output as bytes."""
+
+    def run(data, *flags, params_path=checkpoint, output="output.txt"):
+        data = data if isinstance(data, bytes) else "".join(f"{t}\n" for t in data).encode()
+        (tmp_path / "data.txt").write_bytes(data)
+        paths = ["--dataset_dir", tmp_path, "--params_path", params_path]
+        paths += ["--output_file", tmp_path / output]
+        predict.main([str(a) for a in ("--device", "cpu", *paths, *flags)])
+        return (tmp_path / output).read_bytes()
+
+    return run
+
+
+def rows_of(output):
+    """The cells of a TSV result without its header."""
+    assert output.endswith(b"\n") and b"\r" not in output
+    return [line.split("\t") for line in output.decode().split("\n")[1:-1]]
+
+
+# ----------------------------------------------------------------------------------- the result
+def test_dev_set(run, checkpoint, tmp_path):
+    output = run(DEV_TEXTS)
+    assert output.split(b"\n")[0] == b"text\tlabel"
+    rows = rows_of(output)
+    assert [text for text, _ in rows] == DEV_TEXTS
+    assert len({names for _, names in rows}) > 10  # so that a wrong order would show below
+    # The result is a training file: labels joined by "," in the order of label.txt.
+    texts, label_ids = utils.read_examples(tmp_path / "output.txt", LABELS)
+    assert texts == DEV_TEXTS and all(ids == sorted(ids) for ids in label_ids)
+    counts = metric.MultiLabelCounts(20)
+    counts.update(utils.multi_hot(label_ids, 20), utils.multi_hot(DEV_LABELS, 20))
+    assert counts.micro_f1 >= 0.90
+
+
+def test_static_graph_equals_dygraph(run, checkpoint):
+    """The CPU's static graph against dygraph, one text at a time, in the order of the file."""
+    output = run(DEV_TEXTS, "--output_scores")
+    assert output.decode().split("\n")[0].split("\t") == ["text", "label", *LABELS]
+    rows = rows_of(output)
+    scores = np.array([row[2:] for row in rows], dtype=float)
+    assert scores.shape == (400, 20) and all(len(p) == 8 for row in rows for p in row[2:])
+    model, info = export_model.load_checkpoint(checkpoint)
+    tokenizer = utils.load_tokenizer(checkpoint)
+    encoded, _ = utils.encode(DEV_TEXTS, tokenizer, info.max_seq_length)
+    forward = predict.dygraph_forward(model)
+    probs = metric.probabilities(np.concatenate([forward(**utils.pad([ids])) for ids in encoded]))
+    np.testing.assert_allclose(scores, probs, rtol=0, atol=1e-4)
+    expected = [",".join(names) for names in metric.label_names(probs > 0.5, LABELS)]
+    assert [row[1] for row in rows] == expected
+
+
+ODD_DATA = "\ufeff准予离婚\r\n\r\n双方\t分居\n\n  \n夫妻\u2028共同财产\n婚后\x85生育一子".encode()
+ODD_TEXTS = ["准予离婚", "", "双方\t分居", "", "  ", "夫妻\u2028共同财产", "婚后\x85生育一子"]
+
+
+@pytest.mark.parametrize("chunk", [2, 7, 8192])
+def test_every_line_keeps_its_place(run, monkeypatch, chunk):
+    monkeypatch.setattr(predict, "CHUNK", chunk)
+    rows = rows_of(run(ODD_DATA))
+    assert [row[0] for row in rows] == [text.replace("\t", " ") for text in ODD_TEXTS]
+    assert {len(row) for row in rows} == {2}  # a tab in the text makes no third column
+    records = [
+        json.loads(line) for line in run(ODD_DATA, output="o.jsonl").decode().split("\n")[:-1]
+    ]
+    assert [record["text"] for record in records] == ODD_TEXTS
+    assert [record["labels"] for record in records] == [
+        r[1].split(",") if r[1] else [] for r in rows
+    ]
+
+
+def test_scores_in_json_lines(run):
+    texts = DEV_TEXTS[:20]
+    rows = rows_of(run(texts, "--output_scores"))
+    lines = run(texts, "--output_scores", output="o.jsonl").decode().splitlines()
+    assert len(lines) == 20
+    for line, (text, names, *scores) in zip(lines, rows):
+        record = json.loads(line)
+        assert list(record) == ["text", "labels", "scores"] and "\\u" not in line
+        assert record["text"] == text and ",".join(record["labels"]) == names
+        assert list(record["scores"]) == LABELS
+        assert list(record["scores"].values()) == pytest.approx([float(s) for s in scores])
+
+
+def test_chunks_and_batches_change_nothing(run, monkeypatch):
+    """Texts are read as they are needed, at most CHUNK are held, and the result is the same."""
+    whole = run(DEV_TEXTS[:50])
+    read, encoded, read_texts, encode = [0], [], utils.read_texts, utils.encode
+
+    def counted(path):
+        for text in read_texts(path):
+            read[0] += 1
+            yield text
+
+    def watched(texts, *rest):
+        encoded.append((len(texts), read[0]))
+        return encode(texts, *rest)
+
+    monkeypatch.setattr(predict, "CHUNK", 8)
+    monkeypatch.setattr(utils, "read_texts", counted)
+    monkeypatch.setattr(utils, "encode", watched)
+    assert run(DEV_TEXTS[:50], "--batch_size", "3") == whole
+    assert [size for size, _ in encoded] == [8] * 6 + [2]
+    assert all(n <= 8 * i + 2 for i, (_, n) in enumerate(encoded, 1))  # 2: it looks ahead
+
+
+def test_thresholds_of_the_checkpoint(run, checkpoint, tmp_path):
+    folder = shutil.copytree(checkpoint, tmp_path / "model")
+    scores = np.array([row[2:] for row in rows_of(run(DEV_TEXTS[:60], "--output_scores"))], float)
+    thresholds = np.quantile(scores, 0.7, axis=0).round(4)
+    thresholds[:2] = 0, 1  # always and never
+    config = utils.read_json(folder / "config.json")
+    config["thresholds"] = thresholds.tolist()
+    (folder / "config.json").write_text(json.dumps(config))
+    rows = rows_of(run(DEV_TEXTS[:60], "--output_scores", params_path=folder))
+    assert np.array([row[2:] for row in rows], float).tolist() == scores.tolist()
+    expected = [",".join(names) for names in metric.label_names(scores > thresholds, LABELS)]
+    assert [row[1] for row in rows] == expected
+    assert all(LABELS[0] in row[1].split(",") for row in rows)
+    assert sum(row[1].count(",") for row in rows) > 60  # the others say something, too
+
+
+def test_sequence_length(run, checkpoint, capsys):
+    texts = [text for text in DEV_TEXTS if len(text) > 20][:4]
+    cut = run([text[:6] for text in texts], "--output_scores")
+    assert "tails are cut" not in capsys.readouterr().err
+    short = run(texts, "--output_scores", "--max_seq_length", "8")
+    assert "4 of 4 texts (100.0%) are longer than max_seq_length 8" in capsys.readouterr().err
+    assert [row[1:] for row in rows_of(short)] == [row[1:] for row in rows_of(cut)]
+
+
+# ------------------------------------------------------------------------------------- bad input
+def edit(path, **change):
+    config = {**json.loads(path.read_text("utf-8")), **change}
+    path.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+
+
+def truncate(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def pickle_code(path):
+    path.write_bytes(b"cos\nsystem\n(S'touch hacked'\ntR.")
+
+
+# what is done to the folder with data.txt, label.txt and model/; further flags; the message
+FAULTS = {
+    "no data file": (lambda f: (f / "data.txt").unlink(), [], "data.txt: No such file"),
+    "empty data file": (lambda f: (f / "data.txt").write_text(""), [], "data.txt: empty file"),
+    "data is not UTF-8": (
+        lambda f: (f / "data.txt").write_bytes(b"a\n" * 9 + b"\xb0\xa1\n"),
+        [],
+        "data.txt:10: not valid UTF-8",
+    ),
+    "labels in another order": (
+        lambda f: (f / "label.txt").write_text("\n".join(LABELS[::-1]), "utf-8"),
+        [],
+        f"label.txt:1: '{LABELS[-1]}' where the model has '{LABELS[0]}'",
+    ),
+    "too few labels": (
+        lambda f: (f / "label.txt").write_text("\n".join(LABELS[:-1]), "utf-8"),
+        [],
+        "label.txt: 19 labels where the model has 20",
+    ),
+    "too many labels": (
+        lambda f: (f / "label.txt").write_text("\n".join([*LABELS, "x"]), "utf-8"),
+        [],
+        "label.txt: 21 labels where the model has 20",
+    ),
+    "duplicate label": (
+        lambda f: (f / "label.txt").write_text("\n".join([*LABELS, LABELS[2]]), "utf-8"),
+        [],
+        "label.txt:21: label",
+    ),
+    "no checkpoint": (lambda f: shutil.rmtree(f / "model"), [], "model: no such folder"),
+    "no config": (lambda f: (f / "model/config.json").unlink(), [], "config.json: No such file"),
+    "no weights": (
+        lambda f: (f / "model/model_state.pdparams").unlink(),
+        [],
+        "model_state.pdparams: No such file",
+    ),
+    "no vocabulary": (lambda f: (f / "model/vocab.txt").unlink(), [], "vocab.txt: No such file"),
+    "truncated weights": (
+        lambda f: truncate(f / "model/model_state.pdparams"),
+        [],
+        "model_state.pdparams: broken weights file",
+    ),
+    "weights that carry code": (
+        lambda f: pickle_code(f / "model/model_state.pdparams"),
+        [],
+        "it names os.system",
+    ),
+    "no label names": (lambda f: edit(f / "model/config.json", id2label=None), [], "'id2label'"),
+    "another number of labels": (
+        lambda f: edit(f / "model/config.json", id2label=dict(enumerate("abc"))),
+        [],
+        "parameter classifier.weight has shape (128, 20), the model needs (128, 3)",
+    ),
+    "another width": (
+        lambda f: edit(f / "model/config.json", hidden_size=64),
+        [],
+        "has shape",
+    ),
+    "another architecture": (
+        lambda f: edit(f / "model/config.json", model_type="gpt"),
+        [],
+        "model_type 'gpt' is not supported",
+    ),
+    # DEFECT: ids beyond the embedding read foreign memory: probabilities NaN, exit status 0.
+    "vocabulary of another model": (
+        lambda f: (f / "model/vocab.txt").open("a").write("".join(f"z{i}\n" for i in range(9999))),
+        [],
+        "vocab.txt",
+    ),
+    "too long": (lambda f: None, ["--max_seq_length", "161"], "takes 3 to 160 tokens"),
+    "unknown device": (lambda f: None, ["--device", "tpu"], "--device tpu"),
+    "missing output folder": (lambda f: None, ["--output_file", "none/o.txt"], "none/o.txt"),
+}
+if not paddle.is_compiled_with_cuda():
+    FAULTS["gpu on a CPU build"] = lambda f: None, ["--device", "gpu"], "--device gpu: "
+
+
+@pytest.fixture
+def folder(checkpoint, tmp_path):
+    """data.txt, label.txt, model/ and an old output.txt; the flags that go with them."""
+    shutil.copytree(checkpoint, tmp_path / "model")
+    shutil.copy(SAMPLE / "label.txt", tmp_path)
+    (tmp_path / "data.txt").write_text("准予离婚\nz9998\n", encoding="utf-8")
+    (tmp_path / "output.txt").write_text("old")
+    flags = ["--dataset_dir", tmp_path, "--params_path", tmp_path / "model", "--device", "cpu"]
+    return tmp_path, [*flags, "--output_file", tmp_path / "output.txt"]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_bad_input(folder, run_cli, monkeypatch, fault):
+    path, flags = folder
+    monkeypatch.chdir(path)
+    spoil, more_flags, message = FAULTS[fault]
+    spoil(path)
+    before = sorted(path.iterdir())
+    status, error = run_cli(predict.main, [*flags, *more_flags])
+    assert status == 2 and "Traceback" not in error
+    (line,) = error[error.index("error: ") :].splitlines()
+    assert message in line
+    assert sorted(path.iterdir()) == before and (path / "output.txt").read_text() == "old"
+
+
+def test_the_label_file_may_be_missing(folder, run_cli):
+    path, flags = folder
+    (path / "label.txt").unlink()
+    assert run_cli(predict.main, flags)[0] == 0
+    assert len(rows_of((path / "output.txt").read_bytes())) == 2
+
+
+@pytest.mark.parametrize("fault", ["Ctrl-C", "full disk"])
+def test_old_output_stays(folder, run_cli, monkeypatch, fault):
+    def stop(*args):
+        raise KeyboardInterrupt if fault == "Ctrl-C" else OSError(errno.ENOSPC, "No space left")
+
+    path, flags = folder
+    before = sorted(path.iterdir())
+    monkeypatch.setattr(*((metric, "decode") if fault == "Ctrl-C" else (os, "fsync")), stop)
+    status, error = run_cli(predict.main, flags)
+    assert status == 2 and error.count("error: ") == 1 and "Traceback" not in error
+    assert sorted(path.iterdir()) == before and (path / "output.txt").read_text() == "old"
+
+
+# ---------------------------------------------------------------------------------- several ranks
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("lines", [1, 3, 4, 6, 7, 9, 18, 20])
+def test_parts_are_merged_in_order(tmp_path, monkeypatch, world, lines):
+    monkeypatch.setattr(predict, "CHUNK", 3)
+    parts = [open(tmp_path / str(rank), "w+", encoding="utf-8") for rank in range(world)]
+    parts[0].write("header\n")
+    for number, chunk in enumerate(utils.chunks(range(lines), 3)):
+        parts[number % world].writelines(f"{i}\u2028\r\n" for i in chunk)
+    for part in parts:
+        part.close()
+    with open(tmp_path / "merged", "w", encoding="utf-8", newline="\n") as file:
+        predict.merge_parts(file, [part.name for part in parts], header_lines=1)
+    merged = (tmp_path / "merged").read_bytes().decode().split("\n")
+    assert merged == ["header", *(f"{i}\u2028\r" for i in range(lines)), ""]
+
+
+def test_two_processes_write_the_same_file(run, checkpoint, tmp_path):
+    texts = [f"{text[:3]}{i}" for i, text in enumerate(DEV_TEXTS * 41)]  # two chunks and a bit
+    assert len(texts) > 2 * predict.CHUNK
+    expected = run(texts)
+    (tmp_path / "result").mkdir()
+    command = "-m paddle.distributed.launch --nproc_per_node=2 --backend=gloo --log_dir"
+    script = [tmp_path / "log", REPO / "predict.py", "--device", "cpu", "--dataset_dir", tmp_path]
+    script += ["--params_path", checkpoint, "--output_file", tmp_path / "result" / "output.txt"]
+    command = [sys.executable, *command.split(), *map(str, script)]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert os.listdir(tmp_path / "result") == ["output.txt"]  # no parts are left
+    assert (tmp_path / "result" / "output.txt").read_bytes() == expected
+
+
+# ------------------------------------------------------------------------------------------- cli
+@pytest.mark.parametrize(
+    "error, message",
+    [
+        (UserError("train.txt:17: no tab"), "error: train.txt:17: no tab\n"),
+        (OSError(errno.ENOSPC, "No space left", "f.txt"), "error: f.txt: No space left\n"),
+        (OSError("broken pipe"), "error: broken pipe\n"),
+        (KeyboardInterrupt(), "error: interrupted; no file was left half-written\n"),
+    ],
+)
+def test_errors_of_the_user_are_one_line(run_cli, error, message):
+    def main(argv):
+        raise error
+
+    assert run_cli(main, []) == (2, message)
+    assert run_cli(lambda argv: None, []) == (0, "")
+    with pytest.raises(ZeroDivisionError):  # our own mistakes keep their traceback
+        run_cli(lambda argv: 1 / 0, [])
+
+
+def test_ctrl_c_works_in_a_background_job_too(run_cli):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as `python train.py &` starts it
+    try:
+        status, error = run_cli(lambda argv: os.kill(os.getpid(), signal.SIGINT), [])
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert status == 2 and error.startswith("error: interrupted")
