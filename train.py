@@ -60,8 +60,8 @@ def parse_args(argv=None):
     names = ", ".join(MODEL_NAMES)
     add("--model_name", default="ernie-3.0-medium-zh", help=f"a local model folder or {names}")
     add("--max_seq_length", type=at_least(3), default=128, help="longest sequence in tokens")
-    add("--dropout", type=at_least(0.0), help="dropout rate (default: the model's own)")
-    add("--init_from_ckpt", help="model_state.pdparams to start from; weights only (default: none)")
+    add("--dropout", type=at_least(0.0), help="dropout rate; None: the model's own")
+    add("--init_from_ckpt", help="model_state.pdparams to start from; weights only")
     add("--save_dir", default="./checkpoint", help="folder of the best model")
     add = parser.add_argument_group("training").add_argument
     add("--device", default="gpu", help="cpu, gpu, gpu:0, xpu or npu")
@@ -83,7 +83,7 @@ def parse_args(argv=None):
     add("--resume", action="store_true", help="continue the run that was stopped in save_dir")
     add("--save_steps", type=at_least(0), default=0, help="save the state every N steps, too")
     add("--logging_steps", type=at_least(1), default=5, help="steps between log lines")
-    add("--visualdl_dir", help="write VisualDL scalars there (default: none)")
+    add("--visualdl_dir", help="write VisualDL scalars there")
     args = parser.parse_args(argv)
     if args.warmup_steps and not args.warmup:
         raise UserError("--warmup_steps needs --warmup")

@@ -36,7 +36,7 @@ def parse_args(argv=None):
     model.add_argument(
         "--max_seq_length",
         type=utils.at_least(3),
-        help="longest sequence (default: the checkpoint's)",
+        help="longest sequence; None: the checkpoint's",
     )
     model.add_argument(
         "--batch_size", type=utils.at_least(1), default=32, help="texts per forward pass"

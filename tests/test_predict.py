@@ -51,8 +51,7 @@ def test_dev_set(run, checkpoint, tmp_path):
     rows = rows_of(output)
     assert [text for text, _ in rows] == DEV_TEXTS
     assert len({names for _, names in rows}) > 10  # so that a wrong order would show below
-    # The result is a training file: labels joined by "," in the order of label.txt.
-    texts, label_ids = utils.read_examples(tmp_path / "output.txt", LABELS)
+    texts, label_ids = utils.read_examples(tmp_path / "output.txt", LABELS)  # a training file
     assert texts == DEV_TEXTS and all(ids == sorted(ids) for ids in label_ids)
     counts = metric.MultiLabelCounts(20)
     counts.update(utils.multi_hot(label_ids, 20), utils.multi_hot(DEV_LABELS, 20))
@@ -86,13 +85,10 @@ def test_every_line_keeps_its_place(run, monkeypatch, chunk):
     rows = rows_of(run(ODD_DATA))
     assert [row[0] for row in rows] == [text.replace("\t", " ") for text in ODD_TEXTS]
     assert {len(row) for row in rows} == {2}  # a tab in the text makes no third column
-    records = [
-        json.loads(line) for line in run(ODD_DATA, output="o.jsonl").decode().split("\n")[:-1]
-    ]
+    lines = run(ODD_DATA, output="o.jsonl").decode().split("\n")
+    records = [json.loads(line) for line in lines[:-1]]
     assert [record["text"] for record in records] == ODD_TEXTS
-    assert [record["labels"] for record in records] == [
-        r[1].split(",") if r[1] else [] for r in rows
-    ]
+    assert [",".join(record["labels"]) for record in records] == [row[1] for row in rows]
 
 
 def test_scores_in_json_lines(run):
@@ -133,7 +129,9 @@ def test_chunks_and_batches_change_nothing(run, monkeypatch):
 def test_thresholds_of_the_checkpoint(run, checkpoint, tmp_path):
     folder = shutil.copytree(checkpoint, tmp_path / "model")
     scores = np.array([row[2:] for row in rows_of(run(DEV_TEXTS[:60], "--output_scores"))], float)
-    thresholds = np.quantile(scores, 0.7, axis=0).round(4)
+    ordered = np.sort(scores, axis=0)
+    gap = np.diff(ordered, axis=0).argmax(axis=0), range(20)  # clear of the rounding in the file
+    thresholds = (ordered[:-1] + ordered[1:])[gap] / 2
     thresholds[:2] = 0, 1  # always and never
     config = utils.read_json(folder / "config.json")
     config["thresholds"] = thresholds.tolist()
@@ -143,7 +141,7 @@ def test_thresholds_of_the_checkpoint(run, checkpoint, tmp_path):
     expected = [",".join(names) for names in metric.label_names(scores > thresholds, LABELS)]
     assert [row[1] for row in rows] == expected
     assert all(LABELS[0] in row[1].split(",") for row in rows)
-    assert sum(row[1].count(",") for row in rows) > 60  # the others say something, too
+    assert all(any(name in row[1].split(",") for row in rows) for name in LABELS[2:])
 
 
 def test_sequence_length(run, checkpoint, capsys):
@@ -225,7 +223,7 @@ FAULTS = {
     "another width": (
         lambda f: edit(f / "model/config.json", hidden_size=64),
         [],
-        "has shape",
+        "parameter ernie.embeddings.word_embeddings.weight has",
     ),
     "another architecture": (
         lambda f: edit(f / "model/config.json", model_type="gpt"),

@@ -1,0 +1,144 @@
+"""The READMEs' commands in a smaller form, the twins' agreement, the benchmarks, the style."""
+
+import importlib
+import json
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+from conftest import REPO
+
+import predict
+import train
+import utils
+
+READMES = ["README.md", "README_en.md"]
+SCRIPTS = {"train.py": "train", "predict.py": "predict", "evaluate.py": "evaluate"}
+
+
+def commands(readme):
+    """The shell commands of a README's code blocks, continuation lines joined."""
+    blocks = re.findall(r"```shell\n(.*?)```", (REPO / readme).read_text(encoding="utf-8"), re.S)
+    for block in blocks:
+        for line in block.replace("\\\n", " ").splitlines():
+            if command := line.split("#")[0].strip():
+                yield shlex.split(command)
+
+
+def smaller(argv, paths):
+    """The command's own flags with the sample instead of the data and one epoch instead of 100."""
+    replaced = {**paths, "--device": "cpu", "--epochs": "1", "--batch_size": "8"}
+    argv = list(argv)
+    for i, flag in enumerate(argv[:-1]):
+        if flag in replaced:
+            argv[i + 1] = str(replaced[flag])
+    return argv
+
+
+def python_commands():
+    for readme in READMES:
+        for command in commands(readme):
+            if command[0] == "python" and "-m" not in command:
+                yield pytest.param(command, id=f"{readme}-{command[1]}")
+
+
+@pytest.mark.parametrize("command", python_commands())
+def test_readme_command(command, small_data, tiny_model, checkpoint, tmp_path, monkeypatch):
+    paths = {"--dataset_dir": small_data, "--model_name": tiny_model, "--params_path": checkpoint}
+    paths["--save_dir"] = tmp_path / "checkpoint"
+    monkeypatch.chdir(tmp_path)
+    module = importlib.import_module(SCRIPTS[command[1]])
+    module.main(smaller(command[2:], paths))
+    made = {"train": "checkpoint/config.json", "predict": "output.txt", "evaluate": "bad_case.txt"}
+    assert (tmp_path / made[module.__name__]).exists()
+
+
+def test_every_readme_has_the_same_commands():
+    first, second = (list(commands(readme)) for readme in READMES)
+    assert first == second and len(first) >= 8
+
+
+def test_launch_command(small_data, tiny_model, tmp_path):
+    command = next(c for c in commands("README.md") if "-m" in c and "train.py" in c)
+    paths = {"--dataset_dir": small_data, "--model_name": tiny_model}
+    paths["--save_dir"] = tmp_path / "checkpoint"
+    argv = [str(REPO / a) if a == "train.py" else a for a in smaller(command[1:], paths)]
+    run = subprocess.run([sys.executable, *argv], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert utils.read_model_info(tmp_path / "checkpoint").labels
+
+
+@pytest.mark.parametrize("module", [train, predict])
+def test_help_names_every_flag_of_the_readme(module, capsys):
+    with pytest.raises(SystemExit):
+        module.parse_args(["--help"])
+    shown = capsys.readouterr().out
+    flags = set(re.findall(r"^  --(\w+)", shown, re.M))
+    text = (REPO / "README.md").read_text(encoding="utf-8")
+    assert {flag for flag in flags if f"`{flag}`" not in text} == set()
+    # Every help text ends in the default.
+    assert shown.count("(default:") == len(flags)
+
+
+@pytest.mark.parametrize("readme", READMES)
+def test_links(readme):
+    text = (REPO / readme).read_text(encoding="utf-8")
+    headings = re.findall(r"^#+ (.+)$", text, re.M)
+    anchors = {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
+    for target in re.findall(r"\]\(([^)]+)\)", text):
+        known = target[1:] in anchors if target.startswith("#") else (REPO / target).exists()
+        assert known, target
+
+
+def test_baseline_on_the_real_set(shared, capsys):
+    """The figures that the README compares with."""
+    import baseline
+
+    baseline.main(["--dataset_dir", str(shared / "data" / "divorce")])
+    result = json.loads(capsys.readouterr().out)
+    assert (result["micro_f1"], result["macro_f1"]) == (88.87, 72.54)
+
+
+def test_benchmarks_run(small_data, tiny_model, checkpoint, capsys):
+    import batching
+    import predict_speed
+
+    predict_speed.main(["--dataset_dir", str(small_data), "--params_path", str(checkpoint)])
+    result = json.loads(capsys.readouterr().out)
+    assert result["texts_with_other_labels"] == 0 and result["largest_logit_difference"] < 1e-4
+    batching.main(["--dataset_dir", str(small_data), "--model_name", str(tiny_model)])
+    assert json.loads(capsys.readouterr().out)["sorted_over_random"] > 0
+
+
+def test_resume_benchmark(small_data, tiny_model, capsys):
+    import resume
+
+    flags = ["--epochs", "2", "--save_steps", "1", "--kills", "1", "--spread", "0.1"]
+    resume.main(["--dataset_dir", str(small_data), "--model_name", str(tiny_model), *flags])
+    assert json.loads(capsys.readouterr().out)["bit_identical_weights"]
+
+
+@pytest.mark.parametrize("command", [["format", "--check"], ["check"]])
+def test_ruff(command):
+    run = subprocess.run(
+        [sys.executable, "-m", "ruff", *command, "."], cwd=REPO, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_no_framework_in_the_shared_pipeline():
+    """Deployments import utils and metric where there is no Paddle."""
+    code = "import sys, utils, metric; print([m for m in sys.modules if m.startswith('paddle')])"
+    run = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
+    assert run.stdout.strip() == "[]", run.stdout + run.stderr
+
+
+def test_gpu_requirements_follow_the_cpu_ones():
+    def names(path):
+        lines = (REPO / path).read_text().splitlines()
+        found = [re.match(r"[\w.-]+", line.split("#")[0]) for line in lines if line[:1].isalpha()]
+        return [m.group().replace("paddlepaddle-gpu", "paddlepaddle") for m in found]
+
+    assert sorted(names("requirements.txt")) == sorted(names("requirements-gpu.txt"))
