@@ -21,10 +21,11 @@ KEYS = ("precision", "recall", "f1", "support")
 
 @pytest.fixture(scope="module")
 def data(small_data, tmp_path_factory):
-    """small_data, where two dev samples have labels that no model could give."""
+    """small_data with dev labels in reverse order, and in two samples such that no model gives."""
     folder = tmp_path_factory.mktemp("evaluate") / "data"
     shutil.copytree(small_data, folder)
-    lines = (folder / "dev.txt").read_text("utf-8").splitlines(keepends=True)
+    samples = [line.split("\t") for line in (folder / "dev.txt").read_text("utf-8").splitlines()]
+    lines = [f"{text}\t{','.join(names.split(',')[::-1])}\n" for text, names in samples]
     lines[3] = lines[3].split("\t")[0] + "\t" + ",".join(LABELS[::-1]) + "\n"
     lines[5] = lines[5].split("\t")[0] + f"\t {LABELS[19]} , {LABELS[14]}\n"
     lines.insert(7, "本院依法公开开庭进行了审理。\t\n")

@@ -195,9 +195,8 @@ def test_ids_of_the_real_set(shared, tmp_path):
 
 
 def test_ids_of_the_sample(tiny_model):
-    texts = [
-        line.split("\t")[0] for name in ("dev", "data") for line in open(SAMPLE / f"{name}.txt")
-    ]
+    lines = [line for name in ("dev", "data") for line in utils.read_texts(SAMPLE / f"{name}.txt")]
+    texts = [line.split("\t")[0] for line in lines]
     assert differences(tiny_model, texts) == []
 
 
