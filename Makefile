@@ -7,7 +7,7 @@ VENV ?= .venv
 PY = $(VENV)/bin/python
 DEMO = demo
 
-.PHONY: demo test benchmark clean
+.PHONY: demo test clean
 
 $(VENV)/.requirements: requirements.txt
 	@test -n "$(PYTHON)" || { echo "error: Python 3.10 or 3.11 is needed; make PYTHON=/path/to/python3.11"; exit 2; }
@@ -23,13 +23,21 @@ demo: $(VENV)/.requirements
 	@rm -rf $(DEMO)
 	$(PY) data/init_model.py --output_dir $(DEMO)/tiny_ernie --dataset_dir data
 	$(PY) train.py --device cpu --dataset_dir data --model_name $(DEMO)/tiny_ernie \
-		--save_dir $(DEMO)/checkpoint --epochs 8 --learning_rate 1e-3 --warmup --warmup_steps 20 \
-		--logging_steps 20
+		--save_dir $(DEMO)/checkpoint --epochs 12 --batch_size 8 --learning_rate 1e-3 \
+		--dropout 0 --warmup --warmup_steps 100 --max_grad_norm 1 --logging_steps 50
 	$(PY) analysis/evaluate.py --device cpu --dataset_dir data --params_path $(DEMO)/checkpoint \
 		--bad_case_path $(DEMO)/bad_case.txt --json_path $(DEMO)/report.json --skip_train
 	$(PY) predict.py --device cpu --dataset_dir data --params_path $(DEMO)/checkpoint \
 		--output_file $(DEMO)/output.txt
-	@$(PY) data/demo_summary.py $(DEMO)
+	@$(PY) -c 'import json; r = json.load(open("$(DEMO)/report.json"))["dev"]; \
+		print("\nDone: dev micro F1 %.4f, macro F1 %.4f" % (r["micro"]["f1"], r["macro"]["f1"]))'
+	@echo "  $(DEMO)/checkpoint/    the model, its log and curves (train_curves.png)"
+	@echo "  $(DEMO)/bad_case.txt   dev texts that it labels wrongly; report.json: all figures"
+	@echo "  $(DEMO)/output.txt     the labels of data/data.txt"
+	@echo "The model started from random weights and learned from synthetic sentences only."
+	@echo "Next: put your own texts into a folder like data/ and train from pretrained weights:"
+	@echo "  $(PY) train.py --device cpu --dataset_dir YOUR_FOLDER --model_name ernie-3.0-nano-zh"
+	@echo "without network, --model_name takes a local model folder (see README.md)"
 
 test: $(VENV)/.requirements-dev
 	$(PY) -m pytest

@@ -9,30 +9,31 @@ import zlib  # noqa: F401  libpaddle exports zlib symbols of its own; loaded aft
 from pathlib import Path
 
 import paddle
-from paddlenlp.transformers import (
-    AutoConfig,
-    BertForSequenceClassification,
-    ErnieForSequenceClassification,
-)
+from paddlenlp import transformers
 from paddlenlp.utils.log import logger as paddlenlp_logger
 
 from utils import CONFIG_FILE, WEIGHTS_FILE, UserError, load_weights, read_json, read_model_info
 
-MODEL_CLASSES = {"ernie": ErnieForSequenceClassification, "bert": BertForSequenceClassification}
+MODEL_CLASSES = {"ernie": "Ernie", "bert": "Bert"}  # model_type: prefix of PaddleNLP's classes
 paddlenlp_logger.set_level("WARNING")  # its notes on every file drown the log lines that matter
 
 
 def build_model(folder, num_labels):
     """An untrained classifier of the architecture that `folder`/config.json describes."""
-    model_type = read_json(Path(folder) / CONFIG_FILE).get("model_type")
+    path = Path(folder) / CONFIG_FILE
+    model_type = read_json(path).get("model_type")
     if model_type not in MODEL_CLASSES:
-        raise UserError(
-            f"{folder}/{CONFIG_FILE}: model_type '{model_type}' is not supported; "
-            f"use one of {', '.join(MODEL_CLASSES)}"
-        )
-    # An absolute path keeps PaddleNLP from taking a folder for a name to download.
-    config = AutoConfig.from_pretrained(os.path.abspath(folder), num_labels=num_labels)
-    return MODEL_CLASSES[model_type](config)
+        known = ", ".join(MODEL_CLASSES)
+        raise UserError(f"{path}: model_type '{model_type}' is not supported; use one of {known}")
+    prefix = MODEL_CLASSES[model_type]
+    config_class = getattr(transformers, f"{prefix}Config")
+    model_class = getattr(transformers, f"{prefix}ForSequenceClassification")
+    try:
+        # An absolute path keeps PaddleNLP from taking a folder for a name to download.
+        config = config_class.from_pretrained(os.path.abspath(folder), num_labels=num_labels)
+        return model_class(config)
+    except (AssertionError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: no valid model description ({error})") from error
 
 
 def set_weights(model, weights, where):
@@ -45,7 +46,7 @@ def set_weights(model, weights, where):
                 f"{where}: parameter {name} has shape {found.get(name)}, the model needs "
                 f"{expected.get(name)}; is it a checkpoint of another model or label set?"
             )
-    model.set_state_dict(weights)
+    model.set_state_dict({name: value.astype("float32") for name, value in weights.items()})
 
 
 def load_checkpoint(params_path):

@@ -43,7 +43,7 @@ def _ratio(numerator, denominator):
 def precision_recall_f1(tp, fp, fn):
     """Precision, recall and F1 from counts, element-wise; as scikit-learn defines them."""
     precision, recall = _ratio(tp, tp + fp), _ratio(tp, tp + fn)
-    return precision, recall, _ratio(2.0 * tp, 2.0 * tp + fp + fn)
+    return precision, recall, _ratio(2.0 * precision * recall, precision + recall)
 
 
 class MultiLabelCounts:
@@ -126,7 +126,12 @@ def best_threshold(probs, targets):
     f1 = 2.0 * tp / (np.arange(1, len(scores) + 1) + targets.sum())
     following = np.append(scores[1:], 0.0)
     distinct = scores > following  # a cut between equal probabilities is none
-    candidates, f1 = ((scores + following) / 2)[distinct], f1[distinct]
+    if not distinct.any():
+        return DEFAULT_THRESHOLD, 0.0
+    middle = (scores + following) / 2
+    # `decode` compares in float32, where the middle of neighbouring numbers is one of them.
+    middle = np.where(middle.astype(np.float32) < scores, middle, following)
+    candidates, f1 = middle[distinct], f1[distinct]
     best = np.flatnonzero(f1 == f1.max())
     nearest = best[np.argmin(np.abs(candidates[best] - DEFAULT_THRESHOLD))]
     return float(candidates[nearest]), float(f1[nearest])

@@ -6,7 +6,6 @@ On the CPU the static graph runs (about four times as fast as dygraph), elsewher
 Under `python -m paddle.distributed.launch` the ranks share the file; rank 0 merges their parts.
 """
 
-import argparse
 import contextlib
 import itertools
 import json
@@ -31,32 +30,14 @@ CHUNK = 8192  # texts held in memory and sorted by length at a time
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    data = parser.add_argument_group("data")
-    data.add_argument("--dataset_dir", required=True, help="folder of the data and label files")
-    data.add_argument("--data_file", default="data.txt", help="texts, one per line")
-    data.add_argument(
-        "--label_file", default="label.txt", help="checked against the checkpoint if it exists"
-    )
-    data.add_argument(
-        "--output_file", default="output.txt", help="result; JSON lines if it ends in .jsonl"
-    )
-    data.add_argument(
-        "--output_scores", action="store_true", help="also write the probability of every label"
-    )
-    model = parser.add_argument_group("model")
-    model.add_argument("--params_path", default="./checkpoint/", help="checkpoint folder")
-    model.add_argument(
-        "--max_seq_length",
-        type=utils.at_least(3),
-        help="longest sequence; None: the checkpoint's",
-    )
-    model.add_argument(
-        "--batch_size", type=utils.at_least(1), default=32, help="texts per forward pass"
-    )
-    model.add_argument("--device", default="gpu", help="cpu, gpu, gpu:0, xpu or npu")
+    parser = utils.new_parser(__doc__)
+    add = parser.add_argument_group("data").add_argument
+    add("--dataset_dir", required=True, help="folder of the data and label files")
+    add("--data_file", default="data.txt", help="texts, one per line")
+    add("--label_file", default="label.txt", help="checked against the checkpoint if it exists")
+    add("--output_file", default="output.txt", help="result; JSON lines if it ends in .jsonl")
+    add("--output_scores", action="store_true", help="also write every label's probability")
+    utils.add_inference_flags(parser, "./checkpoint/")
     return parser.parse_args(argv)
 
 
@@ -126,8 +107,8 @@ def all_reduce(array):
 
 
 def num_cpus():
-    """Cores that this process may use, shared among the ranks of a launch."""
-    return max(1, len(os.sched_getaffinity(0)) // dist.get_world_size())
+    """Cores that this process may use, shared among the ranks of a launch on this machine."""
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("PADDLE_LOCAL_SIZE", 1)))
 
 
 def load_forward(params_path, device):
@@ -177,6 +158,9 @@ def main(argv=None):
     rank, world_size = dist.get_rank(), dist.get_world_size()
     data_path = Path(args.dataset_dir) / args.data_file
     next(utils.read_texts(data_path))  # a wrong path should not cost the loading of the model
+    output = utils.check_writable(args.output_file)
+    if world_size != int(os.environ.get("PADDLE_LOCAL_SIZE", world_size)):
+        raise UserError("predict.py shares a file on one machine; split it for several machines")
     if world_size > 1:
         dist.init_parallel_env()
     forward, info = load_forward(args.params_path, args.device)
@@ -185,7 +169,6 @@ def main(argv=None):
     max_seq_length = args.max_seq_length or info.max_seq_length
     utils.check_length(max_seq_length, info.max_position)
     tokenizer = utils.load_tokenizer(args.params_path)
-    output = Path(args.output_file)
     jsonl = output.suffix == ".jsonl"
     # Every rank writes its chunks beside the output; rank 0 merges them when all are there.
     parts = [output.with_name(f".{output.name}.part{i}.tmp") for i in range(world_size)]

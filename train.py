@@ -7,11 +7,10 @@ Every random choice is a function of --seed, the epoch and the step, so a run th
 any moment continues with --resume to bit-identical weights.
 """
 
-import argparse
 import hashlib
 import json
 import os
-import random
+import shutil
 import signal
 import tempfile
 import time
@@ -25,8 +24,6 @@ import paddle
 import paddle.distributed as dist
 import paddle.nn.functional as F
 from paddlenlp import transformers
-from safetensors import safe_open
-from safetensors.numpy import save as safetensors_bytes
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -41,16 +38,14 @@ MODEL_NAMES = [
     "ernie-2.0-base-en",
     "ernie-2.0-large-en",
 ]
-STATE_FILE = "training_state.safetensors"  # everything --resume needs; removed when the run is done
+STATE_FILE = "training_state.pdparams"  # everything --resume needs; removed when the run is done
 LOG_FILE = "train_log.jsonl"
 # Flags that may differ between a stopped run and its continuation: they do not change the weights.
 FREE_FLAGS = {"resume", "logging_steps", "save_steps", "visualdl_dir", "save_dir", "dataset_dir"}
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = utils.new_parser(__doc__)
     add = parser.add_argument_group("data").add_argument
     add("--dataset_dir", required=True, help="folder of the files below")
     add("--train_file", default="train.txt", help="training set")
@@ -64,7 +59,7 @@ def parse_args(argv=None):
     add("--init_from_ckpt", help="model_state.pdparams to start from; weights only")
     add("--save_dir", default="./checkpoint", help="folder of the best model")
     add = parser.add_argument_group("training").add_argument
-    add("--device", default="gpu", help="cpu, gpu, gpu:0, xpu or npu")
+    add("--device", type=str.lower, default="gpu", help="cpu, gpu, gpu:0, xpu or npu")
     add("--batch_size", type=at_least(1), default=32, help="texts per device and batch")
     add("--learning_rate", type=at_least(0.0), default=3e-5, help="peak learning rate")
     add("--epochs", type=at_least(1), default=10, help="passes over the training set")
@@ -93,42 +88,42 @@ def parse_args(argv=None):
 
 
 # --------------------------------------------------------------------------------------- model
-def load_pretrained(name, num_labels, labels, work_dir):
+def load_pretrained(name, labels, work_dir):
     """Returns (model, folder with its tokenizer files) for a local folder or a PaddleNLP name.
 
     The classifier is new unless a local folder was trained with the very same labels.
     """
     if Path(name).is_dir():
-        return load_folder(Path(name), num_labels, labels), Path(name)
+        return load_folder(Path(name), labels), Path(name)
     if name not in MODEL_NAMES:
         raise UserError(
             f"--model_name {name}: neither a folder nor one of {', '.join(MODEL_NAMES)}"
         )
     try:
         auto = transformers.AutoModelForSequenceClassification
-        model = auto.from_pretrained(name, num_labels=num_labels)
+        model = auto.from_pretrained(name, num_labels=len(labels))
         transformers.AutoTokenizer.from_pretrained(name).save_pretrained(str(work_dir))
     except Exception as error:  # PaddleNLP raises OSError, RuntimeError, requests' errors ...
         raise UserError(
-            f"--model_name {name}: cannot be downloaded; without network give a local folder "
-            "with config.json, model_state.pdparams and vocab.txt"
+            f"--model_name {name}: cannot be downloaded ({type(error).__name__}); without network "
+            "give a local folder with config.json, model_state.pdparams and vocab.txt"
         ) from error
     return model, work_dir
 
 
-def load_folder(folder, num_labels, labels):
-    model = build_model(folder, num_labels)
+def load_folder(folder, labels):
+    model = build_model(folder, len(labels))
     weights = utils.load_weights(folder / utils.WEIGHTS_FILE)
     encoder = model.base_model_prefix + "."
     if not any(key.startswith(encoder) for key in weights):  # saved from the bare encoder
         weights = {encoder + key: value for key, value in weights.items()}
-    own = {key: value.numpy() for key, value in model.state_dict().items()}
-    known = utils.read_json(folder / utils.CONFIG_FILE).get("id2label", {})
-    same_labels = list(known.values()) == labels
-    for key in own:
-        if key.startswith(encoder) or (same_labels and key in weights):
-            own[key] = weights.get(key)
-    set_weights(model, own, folder / utils.WEIGHTS_FILE)
+    names = utils.read_json(folder / utils.CONFIG_FILE).get("id2label", {})
+    same_labels = [names[i] for i in sorted(names, key=int)] == labels
+    new = model.state_dict()
+    used = {k: v.numpy() for k, v in new.items() if not k.startswith(encoder)}
+    kept = [k for k in weights if k in new and (k.startswith(encoder) or same_labels)]
+    used.update({k: weights[k] for k in kept})
+    set_weights(model, used, folder / utils.WEIGHTS_FILE)
     return model
 
 
@@ -171,6 +166,23 @@ def evaluate(model, encoded, label_ids, num_labels, batch_size):
 
 
 # ------------------------------------------------------------------------------- training state
+def decided_by_rank_0(function, *args):
+    """Rank 0's result for all ranks; its UserError is raised by all, so that none waits for it."""
+    result = error = None
+    if dist.get_rank() == 0:
+        try:
+            result = function(*args)
+        except UserError as found:
+            error = str(found)
+    if dist.get_world_size() > 1:
+        shared = [(result, error)]
+        dist.broadcast_object_list(shared, src=0)
+        result, error = shared[0]
+    if error:
+        raise UserError(error)
+    return result
+
+
 def fingerprint(args):
     """What a run's weights depend on: flags, number of ranks and the content of the data files."""
     flags = {key: value for key, value in vars(args).items() if key not in FREE_FLAGS}
@@ -180,53 +192,45 @@ def fingerprint(args):
     return {**flags, "number of processes": dist.get_world_size()}
 
 
+def check_identity(identity, expected, hint):
+    changed = [key for key in identity if expected.get(key) != identity[key]]
+    if changed:
+        raise UserError(f"{', '.join(changed)} {hint}")
+
+
 def save_state(path, identity, progress, model, optimizer, scaler):
-    """One file with all that a run needs to go on; the plain values are in its metadata."""
-    state = optimizer.state_dict()
-    tensors = {}
+    """One file with all that a run needs to go on, in the format of the weights."""
+    state, scale = optimizer.state_dict(), scaler.state_dict()
+    meta = {"identity": identity, "progress": vars(progress), "lr": state.get("LR_Scheduler")}
+    meta["scaler"] = {k: v.tolist() if hasattr(v, "tolist") else v for k, v in scale.items()}
+    arrays = {"meta": np.frombuffer(json.dumps(meta).encode(), dtype=np.uint8)}
     # Paddle names parameters by counting the layers of the process; the model's names are stable.
     for name, parameter in model.state_dict().items():
-        tensors[f"model/{name}"] = parameter.numpy()
+        arrays[f"model/{name}"] = parameter.numpy()
         for key in state:
             if key.startswith(parameter.name + "_"):
-                tensors[f"optimizer/{name}/{key[len(parameter.name) :]}"] = state[key].numpy()
-    meta = {"identity": identity, "progress": vars(progress), "lr": state.get("LR_Scheduler")}
-    if scaler:
-        values = scaler.state_dict().items()
-        meta["scaler"] = {k: v.item() if hasattr(v, "item") else v for k, v in values}
+                arrays[f"optimizer/{name}/{key[len(parameter.name) :]}"] = state[key].numpy()
     with utils.atomic_file(path, "wb") as file:
-        file.write(safetensors_bytes(tensors, metadata={"state": json.dumps(meta)}))
+        utils.save_weights(file, arrays)
 
 
 def load_state(path, identity, progress, model, optimizer, scaler):
-    """Restores what save_state wrote, if anything; raises UserError if it is of another run.
+    """Restores what save_state wrote. Rank 0 reads it for all: other machines need no copy.
 
-    Only rank 0 needs the file; it hands the content to the ranks of other machines.
+    Returns False if nothing was saved yet; raises UserError if the state is of another run.
     """
-    found, error = None, ""
-    if dist.get_rank() == 0 and path.exists():
-        try:
-            with safe_open(str(path), framework="np") as file:
-                meta = json.loads(file.metadata()["state"])
-                found = meta, {name: file.get_tensor(name) for name in file.keys()}
-        except Exception as broken:  # safetensors has an error class of its own, JSON another ...
-            error = f"{path}: broken training state ({broken}); start anew in another --save_dir"
-    if dist.get_world_size() > 1:
-        shared = [(found, error)]
-        dist.broadcast_object_list(shared, src=0)
-        found, error = shared[0]
-    if error or found is None:
-        raise UserError(error) if error else FileNotFoundError(path)
-    meta, tensors = found
-    changed = [key for key in identity if meta["identity"].get(key) != identity[key]]
-    if changed:
-        raise UserError(
-            f"--resume: {', '.join(changed)} changed since the run was stopped; "
-            "use the same flags and data, or start anew in another --save_dir"
-        )
+    arrays = decided_by_rank_0(lambda: utils.load_weights(path) if path.exists() else None)
+    if arrays is None:
+        return False
+    try:
+        meta = json.loads(arrays.pop("meta").tobytes())
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{path}: broken state; start anew in another --save_dir") from error
+    hint = "changed since the run was stopped; use the same, or start anew in another --save_dir"
+    check_identity(identity, meta["identity"], hint)
     own, weights = model.state_dict(), {}
     restored = {"LR_Scheduler": meta["lr"]} if meta["lr"] else {}
-    for key, value in tensors.items():
+    for key, value in arrays.items():
         kind, name, *accumulator = key.split("/")
         if kind == "model":
             weights[name] = value
@@ -234,10 +238,27 @@ def load_state(path, identity, progress, model, optimizer, scaler):
             restored[own[name].name + accumulator[0]] = paddle.to_tensor(value)
     set_weights(model, weights, path)
     optimizer.set_state_dict(restored)
-    if scaler:
-        scaler.load_state_dict(meta["scaler"])
+    scaler.load_state_dict(meta["scaler"])
     vars(progress).update(meta["progress"])
     logger.info("Resume after step %d (epoch %d)", progress.global_step, progress.epoch + 1)
+    return True
+
+
+def is_finished(args):
+    """True if --resume finds a finished run; a stopped one is not silently overwritten."""
+    state, log = Path(args.save_dir) / STATE_FILE, Path(args.save_dir) / LOG_FILE
+    if state.exists() and not args.resume:
+        raise UserError(f"{state}: a stopped run; add --resume, or remove it to start anew")
+    lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
+    if state.exists() or not lines or '"event": "end"' not in lines[-1]:
+        return False
+    if not args.resume:
+        logger.warning("%s holds a finished run, which this one will replace", args.save_dir)
+        return False
+    hint = "changed since the run was finished; train in another --save_dir"
+    check_identity(fingerprint(args), json.loads(lines[0])["flags"], hint)
+    logger.info("%s holds a finished run; nothing to resume", args.save_dir)
+    return True
 
 
 # ------------------------------------------------------------------------------------------ logs
@@ -247,7 +268,7 @@ class TrainLog:
     def __init__(self, path, size, flags, visualdl_dir):
         self.path, self.writer = path, None
         path.touch()
-        os.truncate(path, size)  # a killed run may have logged more than its state knows
+        os.truncate(path, min(size, path.stat().st_size))  # a killed run may have logged more
         self.file = open(path, "a", encoding="utf-8")
         if visualdl_dir:
             from visualdl import LogWriter  # takes seconds to import
@@ -262,15 +283,19 @@ class TrainLog:
         for name, value in values.items() if self.writer else ():
             self.writer.add_scalar(tag=f"{event}/{name}", step=step, value=value)
 
+    def sync(self):
+        """Makes what was written durable; returns the size."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        return self.file.tell()
+
     def plot(self, path):
         """The curves of loss and F1 as a PNG."""
-        import matplotlib
+        from matplotlib.figure import Figure  # takes a second to import
 
-        matplotlib.use("Agg")  # no display needed
-        from matplotlib import pyplot
-
-        records = [json.loads(line) for line in open(self.path, encoding="utf-8")]
-        figure, axes = pyplot.subplots(1, 2, figsize=(11, 4))
+        records = [json.loads(line) for line in self.path.read_text("utf-8").splitlines()]
+        figure = Figure(figsize=(11, 4), layout="tight")
+        axes = figure.subplots(1, 2)
         curves = (0, "train", "loss"), (0, "eval", "loss"), (1, "eval", "micro_f1")
         for column, event, name in (*curves, (1, "eval", "macro_f1")):
             points = [(r["step"], r[name]) for r in records if r["event"] == event]
@@ -278,10 +303,8 @@ class TrainLog:
             axes[column].plot(*zip(*points or [(0, 0)]), marker=marker, label=f"{event} {name}")
             axes[column].set_xlabel("step")
             axes[column].legend()
-        figure.tight_layout()
         with utils.atomic_file(path, "wb") as file:
             figure.savefig(file, format="png")
-        pyplot.close(figure)
 
 
 @contextmanager
@@ -304,40 +327,36 @@ def lost_worker_message(save_dir):
             os.write(2, message.encode())
         os._exit(0)
     os.close(reading)
-
-    def all_is_said():
-        with suppress(BrokenPipeError):  # the child may have been killed
-            os.write(writing, b"1")
-
+    word = b""
     try:
         yield
-        all_is_said()
-    except (UserError, KeyboardInterrupt):
-        all_is_said()
+        word = b"1"
+    except (UserError, OSError, KeyboardInterrupt):  # `cli` speaks of these
+        word = b"1"
         raise
     finally:
+        with suppress(BrokenPipeError):  # the child may have been killed
+            os.write(writing, word)
         os.close(writing)
         os.waitpid(child, 0)
 
 
 # --------------------------------------------------------------------------------------- training
-def improved(result, best):
-    """Higher macro F1 is better; while that is 0, lower dev loss is; any is better than none."""
-    if best is None or result["macro_f1"] != best["macro_f1"]:
-        return best is None or result["macro_f1"] > best["macro_f1"]
-    return result["macro_f1"] == 0 and result["loss"] < best["loss"]
+def merit(result):
+    """What is compared: higher macro F1 is better; while that is 0, lower dev loss is."""
+    return result["macro_f1"], 0.0 if result["macro_f1"] else -result["loss"]
 
 
 def make_optimizer(args, model, total_steps):
-    """AdamW without decay on biases and norms; the mission's schedules (constant or --warmup)."""
-    learning_rate = args.learning_rate
+    """(AdamW without decay on biases and norms, its schedule; None: a constant learning rate)."""
+    schedule = None
     if args.warmup:
         decay = transformers.LinearDecayWithWarmup
-        learning_rate = decay(learning_rate, total_steps, args.warmup_steps)
+        schedule = decay(args.learning_rate, total_steps, args.warmup_steps)
     named = model.named_parameters()
     decayed = {p.name for name, p in named if "bias" not in name and "norm" not in name}
-    return paddle.optimizer.AdamW(
-        learning_rate=learning_rate,
+    optimizer = paddle.optimizer.AdamW(
+        learning_rate=schedule or args.learning_rate,
         parameters=model.parameters(),
         weight_decay=args.weight_decay,
         apply_decay_param_fun=decayed.__contains__,
@@ -345,6 +364,7 @@ def make_optimizer(args, model, total_steps):
         if args.max_grad_norm
         else None,
     )
+    return optimizer, schedule
 
 
 def train_step(args, parallel, optimizer, scaler, examples, group, step, counts):
@@ -362,18 +382,12 @@ def train_step(args, parallel, optimizer, scaler, examples, group, step, counts)
         # Gradients are exchanged once, with the last batch of the step.
         waits = dist.get_world_size() > 1 and position < len(group) - 1
         with parallel.no_sync() if waits else nullcontext():
-            share = loss / len(group)
-            (scaler.scale(share) if scaler else share).backward()
+            scaler.scale(loss / len(group)).backward()
         losses.append(loss.detach())
         outputs.append((logits.detach(), targets))
-    if scaler:
-        scaler.step(optimizer)
-        scaler.update()
-    else:
-        optimizer.step()
+    scaler.step(optimizer)
+    scaler.update()
     optimizer.clear_grad()
-    if args.warmup:
-        optimizer._learning_rate.step()
     for logits, targets in outputs:
         probs = metric.probabilities(logits.astype("float32").numpy())
         counts.update(metric.decode(probs), targets)
@@ -383,6 +397,8 @@ def train_step(args, parallel, optimizer, scaler, examples, group, step, counts)
 def train(args, identity, model, num_labels, examples, dev_examples, tokenizer_dir):
     """Trains and leaves the best model, the log and the curves in args.save_dir.
 
+    Loss and F1 of the training log are those of rank 0's share of the batches.
+
     examples, dev_examples: (token ids, label ids) of the texts, as lists of arrays and of lists.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -390,9 +406,8 @@ def train(args, identity, model, num_labels, examples, dev_examples, tokenizer_d
     lengths = [len(ids) for ids in examples[0]]
     batches_per_rank = -(-(-(-len(lengths) // args.batch_size)) // world_size)
     steps_per_epoch = -(-batches_per_rank // args.gradient_accumulation_steps)
-    optimizer = make_optimizer(args, model, steps_per_epoch * args.epochs)
-    scaler = paddle.amp.GradScaler() if args.amp else None
-    no_counts = metric.MultiLabelCounts(num_labels).to_array().tolist()
+    optimizer, schedule = make_optimizer(args, model, steps_per_epoch * args.epochs)
+    scaler = paddle.amp.GradScaler(enable=args.amp)
     progress = SimpleNamespace(  # goes into the training state
         epoch=0,  # finished epochs
         step=0,  # finished steps of the running epoch
@@ -400,23 +415,21 @@ def train(args, identity, model, num_labels, examples, dev_examples, tokenizer_d
         best=None,  # dev figures of the saved model
         stale_epochs=0,  # evaluations since the last improvement
         log_size=0,  # bytes of the log that belong to this state
-        counts=no_counts,  # train F1 of the running epoch
+        counts=None,  # of the running epoch, for its F1 on the training set
     )
-    if args.resume:
-        with suppress(FileNotFoundError):  # stopped before it saved anything: from the start
-            load_state(state_path, identity, progress, model, optimizer, scaler)
+    resumed = args.resume and load_state(state_path, identity, progress, model, optimizer, scaler)
     parallel = paddle.DataParallel(model) if world_size > 1 else model
     log = None
     if rank == 0:
         log = TrainLog(save_dir / LOG_FILE, progress.log_size, identity, args.visualdl_dir)
 
-    counts = None
-
     def save():
         if rank == 0:
-            progress.counts, progress.log_size = counts.to_array().tolist(), log.file.tell()
+            progress.log_size = log.sync()
             save_state(state_path, identity, progress, model, optimizer, scaler)
 
+    if not resumed:
+        save()  # so that --resume never depends on files that the run itself may overwrite
     model.train()
     while progress.epoch < args.epochs:
         if args.early_stop and progress.stale_epochs >= args.early_stop_nums:
@@ -425,12 +438,16 @@ def train(args, identity, model, num_labels, examples, dev_examples, tokenizer_d
         epoch, rng = progress.epoch + 1, np.random.default_rng([args.seed, progress.epoch])
         plan = utils.batches(lengths, args.batch_size, rng, args.batching, group=world_size)
         groups = list(utils.chunks(plan[rank::world_size], args.gradient_accumulation_steps))
-        counts = metric.MultiLabelCounts.from_array(progress.counts)
+        counts = metric.MultiLabelCounts(num_labels)
+        if progress.counts is not None:
+            counts = counts.from_array(progress.counts)
         bar = tqdm(total=len(groups), initial=progress.step, disable=True if rank else None)
         since, logged = time.time(), progress.global_step
         for group in groups[progress.step :]:
             step = progress.global_step
             loss = train_step(args, parallel, optimizer, scaler, examples, group, step, counts)
+            if schedule is not None:
+                schedule.step()
             progress.step += 1
             progress.global_step += 1
             bar.update()
@@ -446,22 +463,26 @@ def train(args, identity, model, num_labels, examples, dev_examples, tokenizer_d
                 values = {"epoch": epoch, "loss": loss, "lr": optimizer.get_lr(), **f1}
                 log.write("train", progress.global_step, **values)
             if args.save_steps and progress.global_step % args.save_steps == 0:
+                progress.counts = counts.to_array().tolist()
                 save()
         bar.close()
         result = evaluate(model, *dev_examples, num_labels, args.batch_size)
         logger.info("eval loss: %.5f, micro f1 score: %.5f, macro f1 score: %.5f", *result.values())
+        if not np.isfinite(result["loss"]):
+            raise UserError(
+                f"dev loss is {result['loss']} after epoch {epoch}: lower --learning_rate or set "
+                "--max_grad_norm 1; the best model of the earlier epochs is kept"
+            )
         progress.stale_epochs += 1
-        if improved(result, progress.best):
+        if progress.best is None or merit(result) > merit(progress.best):
             progress.stale_epochs, progress.best = 0, result
         if rank == 0:
             log.write("eval", progress.global_step, epoch=epoch, **result)
             if progress.stale_epochs == 0:
                 save_model(save_dir, model, tokenizer_dir)
         logger.info("Current best macro f1 score: %.5f", progress.best["macro_f1"])
-        progress.epoch, progress.step = epoch, 0
-        counts = metric.MultiLabelCounts(num_labels)
+        progress.epoch, progress.step, progress.counts = epoch, 0, None
         save()
-        progress.counts = counts.to_array()
     if rank == 0:
         log.plot(save_dir / "train_curves.png")
         log.write("end", progress.global_step, **progress.best)
@@ -470,36 +491,27 @@ def train(args, identity, model, num_labels, examples, dev_examples, tokenizer_d
     logger.info("Save best macro f1 text classification model in %s", args.save_dir)
 
 
-def is_finished(args):
-    """True if --resume finds a finished run; a stopped one is not silently overwritten.
-
-    Rank 0 decides for all: other machines need not have the folder.
-    """
-    state, log, finished = Path(args.save_dir) / STATE_FILE, Path(args.save_dir) / LOG_FILE, False
+def remove_leftovers(save_dir):
+    """Makes the folder; removes what a killed run was writing."""
+    save_dir.mkdir(parents=True, exist_ok=True)
     if dist.get_rank() == 0:
-        if state.exists() and not args.resume:
-            raise UserError(f"{state}: a stopped run; add --resume, or remove it to start anew")
-        if args.resume and not state.exists() and log.exists():
-            lines = log.read_text(encoding="utf-8").splitlines()
-            finished = bool(lines) and json.loads(lines[-1])["event"] == "end"
-    return bool(all_reduce(np.array([int(finished)]))[0])
+        for path in save_dir.glob(".*.tmp"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def run(args):
     """Reads and encodes the data, builds the model, trains."""
-    if is_finished(args):
-        logger.info("%s holds a finished run; nothing to resume", args.save_dir)
+    if decided_by_rank_0(is_finished, args):
         return
     data = Path(args.dataset_dir)
     labels = utils.read_labels(data / args.label_file)
     texts, label_ids = utils.read_examples(data / args.train_file, labels)
     dev_texts, dev_label_ids = utils.read_examples(data / args.dev_file, labels)
     identity = fingerprint(args)
-    random.seed(args.seed)
-    np.random.seed(args.seed)
+    check_identity(identity, decided_by_rank_0(fingerprint, args), "differ(s) from rank 0's")
     paddle.seed(args.seed)
     with tempfile.TemporaryDirectory() as work_dir, logging_redirect_tqdm([logger]):
-        model, folder = load_pretrained(args.model_name, len(labels), labels, Path(work_dir))
+        model, folder = load_pretrained(args.model_name, labels, Path(work_dir))
         utils.check_length(args.max_seq_length, model.config.max_position_embeddings)
         if args.init_from_ckpt:
             set_weights(model, utils.load_weights(args.init_from_ckpt), args.init_from_ckpt)
@@ -515,7 +527,7 @@ def run(args):
         utils.warn_truncated(cut + dev_cut, len(ids) + len(dev_ids), args.max_seq_length)
         for name, encoded in (("Train", ids), ("Dev", dev_ids)):
             logger.info("%s set: %d texts, %d tokens", name, len(encoded), sum(map(len, encoded)))
-        Path(args.save_dir).mkdir(parents=True, exist_ok=True)
+        remove_leftovers(Path(args.save_dir))
         examples, dev_examples = (ids, label_ids), (dev_ids, dev_label_ids)
         train(args, identity, model, len(labels), examples, dev_examples, folder)
 

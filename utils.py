@@ -10,6 +10,8 @@ file imports no deep-learning framework, so that a deployment can use it without
 
 import argparse
 import contextlib
+import filecmp
+import itertools
 import json
 import logging
 import os
@@ -63,7 +65,7 @@ def cli(main):
         message = "interrupted; no file was left half-written"
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        message = f"{where}{error.strerror or error}"
+        message = f"{where}{error.strerror or error}; check the path"
     else:
         return
     print(f"error: {message}", file=sys.stderr, flush=True)
@@ -71,43 +73,65 @@ def cli(main):
 
 
 def at_least(minimum):
-    """An argparse type: a number of the same kind as `minimum` and not below it."""
+    """An argparse type: a finite number of the same kind as `minimum` and not below it."""
 
     def parse(value):
         number = type(minimum)(value)
-        if not number >= minimum:
-            raise argparse.ArgumentTypeError(f"{value} is below {minimum}")
+        if not minimum <= number < float("inf"):
+            raise argparse.ArgumentTypeError(f"{value} is not a number of at least {minimum}")
         return number
 
     parse.__name__ = type(minimum).__name__  # argparse names it in "invalid int value"
     return parse
 
 
+def new_parser(doc):
+    """An ArgumentParser with the first line of a script's docstring; help texts show defaults."""
+    return argparse.ArgumentParser(
+        description=doc.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+
+
+def add_inference_flags(parser, params_path):
+    """The flags that predict.py and evaluate.py share."""
+    add = parser.add_argument_group("model").add_argument
+    add("--params_path", default=params_path, help="checkpoint folder")
+    add("--max_seq_length", type=at_least(3), help="longest sequence; None: the checkpoint's")
+    add("--batch_size", type=at_least(1), default=32, help="texts per forward pass")
+    add("--device", type=str.lower, default="gpu", help="cpu, gpu, gpu:0, xpu or npu")
+
+
 # ---------------------------------------------------------------------------------------- read
-def _decoded_lines(path, problems):
-    """Yields (line number, text) of a UTF-8 file, BOM, LF or CRLF; bad lines go to `problems`."""
-    try:
-        file = open(path, "rb")
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; check the path and the file name") from error
-    with file:
-        for number, raw in enumerate(file, 1):
-            raw = raw.removesuffix(b"\n").removesuffix(b"\r")
-            if number == 1:
-                raw = raw.removeprefix(b"\xef\xbb\xbf")
-            try:
-                yield number, raw.decode("utf-8")
-            except UnicodeDecodeError as error:
-                bad = f"byte 0x{raw[error.start]:02x} at column {error.start + 1}"
-                problems.append(f"{path}:{number}: not valid UTF-8 ({bad}); save the file as UTF-8")
+class _Lines:
+    """Iterates over the lines of a UTF-8 file (BOM, LF or CRLF) and collects what is wrong."""
 
+    def __init__(self, path):
+        self.path, self.number, self.problems = path, 0, []
 
-def _raise_problems(problems):
-    if problems:
-        shown = problems[:MAX_REPORTED]
-        if len(problems) > MAX_REPORTED:
-            shown.append(f"... and {len(problems) - MAX_REPORTED} more such lines")
-        raise UserError("\n".join(shown))
+    def __iter__(self):
+        with open(self.path, "rb") as file:  # `cli` makes one line of an OSError
+            for self.number, raw in enumerate(file, 1):
+                raw = raw.removesuffix(b"\n").removesuffix(b"\r")
+                if self.number == 1:
+                    raw = raw.removeprefix(b"\xef\xbb\xbf")
+                try:
+                    line = raw.decode("utf-8")
+                except UnicodeDecodeError as error:
+                    where = f"byte 0x{raw[error.start]:02x} at column {error.start + 1}"
+                    self.bad(f"not valid UTF-8 ({where}); save the file as UTF-8")
+                    continue
+                yield line
+
+    def bad(self, why):
+        self.problems.append(f"{self.path}:{self.number}: {why}")
+
+    def check(self):
+        """Raises UserError that lists what was wrong, up to MAX_REPORTED lines."""
+        if self.problems:
+            shown = self.problems[:MAX_REPORTED]
+            if len(self.problems) > MAX_REPORTED:
+                shown.append(f"... and {len(self.problems) - MAX_REPORTED} more such lines")
+            raise UserError("\n".join(shown))
 
 
 def read_labels(path):
@@ -115,20 +139,18 @@ def read_labels(path):
 
     Raises UserError for blank lines, duplicates, names with a comma or a tab, and an empty file.
     """
-    problems, first_line = [], {}
-    for number, line in _decoded_lines(path, problems):
+    lines, first_line = _Lines(path), {}
+    for line in lines:
         name = line.strip()
         if not name:
-            problems.append(f"{path}:{number}: blank label name; remove the line")
+            lines.bad("blank label name; remove the line")
         elif name in first_line:
-            problems.append(
-                f"{path}:{number}: label '{name}' stands already in line {first_line[name]}"
-            )
+            lines.bad(f"label '{name}' stands already in line {first_line[name]}")
         elif "," in name or "\t" in name:
-            problems.append(f"{path}:{number}: label '{name}' has a comma or tab; rename it")
+            lines.bad(f"label '{name}' has a comma or tab; rename it")
         else:
-            first_line[name] = number
-    _raise_problems(problems)
+            first_line[name] = lines.number
+    lines.check()
     if not first_line:
         raise UserError(f"{path}: no labels; write one label name per line")
     return list(first_line)
@@ -143,35 +165,27 @@ def read_examples(path, labels):
     Raises UserError that lists up to 10 offending lines.
     """
     ids = {name: i for i, name in enumerate(labels)}
-    texts, label_ids, problems, blank = [], [], [], 0
-    for number, line in _decoded_lines(path, problems):
+    lines, texts, label_ids, blank = _Lines(path), [], [], 0
+    for line in lines:
         fields = line.split("\t")
-        if len(fields) == 1:
-            if line.strip():
-                problems.append(
-                    f"{path}:{number}: no tab between text and labels "
-                    "(a text without labels ends in a tab)"
-                )
-            else:
-                blank += 1
+        if not line.strip() and len(fields) == 1:
+            blank += 1
+        elif len(fields) == 1:
+            lines.bad("no tab between text and labels (a text without labels ends in a tab)")
         elif len(fields) > 2:
-            problems.append(
-                f"{path}:{number}: {len(fields) - 1} tabs; write text<TAB>label,label "
-                "and no tab inside the text"
-            )
-        elif number == 1 and fields == ["text", "label"] and "label" not in ids:
+            tabs = len(fields) - 1
+            lines.bad(f"{tabs} tabs; write text<TAB>label,label and no tab inside the text")
+        elif lines.number == 1 and fields == ["text", "label"] and "label" not in ids:
             continue
         else:
             names = [name.strip() for name in fields[1].split(",")] if fields[1].strip() else []
             unknown = [name for name in names if name not in ids]
             if unknown:
-                problems.append(
-                    f"{path}:{number}: unknown label '{unknown[0]}'; "
-                    f"it is not among the {len(labels)} label names"
-                )
+                known = f"it is not among the {len(labels)} label names"
+                lines.bad(f"unknown label '{unknown[0]}'; {known}")
             texts.append(fields[0].strip())
             label_ids.append(list(dict.fromkeys(ids[name] for name in names if name in ids)))
-    _raise_problems(problems)
+    lines.check()
     if not texts:
         raise UserError(f"{path}: no samples; write one text<TAB>label,label per line")
     if blank:
@@ -184,25 +198,19 @@ def read_texts(path):
 
     Raises UserError for a missing or empty file and at the first line that is not UTF-8.
     """
-    problems, empty = [], True
-    for _, line in _decoded_lines(path, problems):
-        _raise_problems(problems)
-        empty = False
+    lines = _Lines(path)
+    for line in lines:
+        lines.check()
         yield line
-    _raise_problems(problems)
-    if empty:
+    lines.check()
+    if lines.number == 0:
         raise UserError(f"{path}: empty file; write one text per line")
 
 
 def chunks(items, size):
     """Lists of up to `size` consecutive items of an iterable."""
-    chunk = []
-    for item in items:
-        chunk.append(item)
-        if len(chunk) == size:
-            yield chunk
-            chunk = []
-    if chunk:
+    items = iter(items)
+    while chunk := list(itertools.islice(items, size)):
         yield chunk
 
 
@@ -222,17 +230,21 @@ _SYMBOLS = Regex(r"[\p{S}\u00B2\u00B5\u00BA\u00D8\u014B\u01B1\u3007]")
 def load_tokenizer(folder):
     """The tokenizer of a model folder; gives the same token ids as PaddleNLP's, faster.
 
-    Raises UserError if vocab.txt is missing or lacks a special token.
+    Raises UserError if vocab.txt is missing or does not fit the model.
     """
-    folder, problems = Path(folder), []
-    path = folder / "vocab.txt"
-    vocab = {line.rstrip("\n"): number - 1 for number, line in _decoded_lines(path, problems)}
-    _raise_problems(problems)
+    path, config_path = Path(folder) / "vocab.txt", Path(folder) / "tokenizer_config.json"
+    lines = _Lines(path)
+    vocab = {token: lines.number - 1 for token in lines}
+    lines.check()
     missing = [token for token in SPECIAL_TOKENS if token not in vocab]
     if missing:
         raise UserError(f"{path}: {', '.join(missing)} missing; not a BERT-style vocabulary")
-    config = folder / "tokenizer_config.json"
-    lower = read_json(config).get("do_lower_case", True) if config.exists() else True
+    if vocab["[PAD]"] != 0:  # the models mask what has id 0
+        raise UserError(f"{path}: [PAD] must be the first line")
+    size = read_json(Path(folder) / CONFIG_FILE).get("vocab_size")
+    if size is not None and lines.number > size:
+        raise UserError(f"{path}: {lines.number} tokens, the model has {size}; not its vocabulary")
+    lower = not config_path.exists() or read_json(config_path).get("do_lower_case", True)
     model = WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=100)
     tokenizer = Tokenizer(model)
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lower, strip_accents=None)
@@ -250,10 +262,11 @@ def encode(texts, tokenizer, max_seq_length):
     """
     cls_id, sep_id = tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]")
     encoded, cut = [], 0
-    for encoding in tokenizer.encode_batch(list(texts), add_special_tokens=False):
-        ids = encoding.ids
-        cut += len(ids) > max_seq_length - 2
-        encoded.append(np.array([cls_id, *ids[: max_seq_length - 2], sep_id], dtype=np.int32))
+    for chunk in chunks(texts, 8192):  # an encoding holds much more than the ids
+        for encoding in tokenizer.encode_batch(chunk, add_special_tokens=False):
+            ids = encoding.ids
+            cut += len(ids) > max_seq_length - 2
+            encoded.append(np.array([cls_id, *ids[: max_seq_length - 2], sep_id], dtype=np.int32))
     return encoded, cut
 
 
@@ -290,9 +303,9 @@ def batches(lengths, batch_size, rng=None, batching="sorted", group=1, window=50
     return [batch for i in rng.permutation(len(groups)) for batch in groups[i]]
 
 
-def pad(sequences, pad_id=0):
-    """Padded batch: `input_ids` and `token_type_ids` (all 0), int64 [batch, longest]."""
-    input_ids = np.full((len(sequences), max(map(len, sequences))), pad_id, dtype=np.int64)
+def pad(sequences):
+    """Padded batch: `input_ids` ([PAD] is 0), `token_type_ids` (all 0), int64 [batch, longest]."""
+    input_ids = np.zeros((len(sequences), max(map(len, sequences))), dtype=np.int64)
     for row, ids in zip(input_ids, sequences):
         row[: len(ids)] = ids
     return {"input_ids": input_ids, "token_type_ids": np.zeros_like(input_ids)}
@@ -329,50 +342,48 @@ class ModelInfo:
 
 
 def read_json(path):
-    try:
-        with open(path, encoding="utf-8") as file:
-            return json.load(file)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from error
+    """The object in a JSON file; raises UserError if it holds anything else."""
+    with open(path, encoding="utf-8") as file:
+        try:
+            value = json.load(file)
+        except ValueError as error:
+            raise UserError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: not a JSON object")
+    return value
 
 
 def read_model_info(folder):
     """ModelInfo of a checkpoint or bundle; raises UserError if it is none or is broken."""
-    folder = Path(folder)
-    if not folder.is_dir():
+    if not Path(folder).is_dir():
         raise UserError(f"{folder}: no such folder; give the folder that train.py wrote")
-    config = read_json(folder / CONFIG_FILE)
-    where = folder / CONFIG_FILE
+    path = Path(folder) / CONFIG_FILE
+    config = read_json(path)
     try:
-        names = config["id2label"]
+        names, thresholds = config["id2label"], config.get("thresholds")
         labels = [names[str(i)] for i in range(len(names))]
-        max_seq_length = int(config["max_seq_length"])
-        max_position = int(config["max_position_embeddings"])
-        thresholds = config.get("thresholds")
+        if not all(isinstance(name, str) for name in labels):
+            raise TypeError("a label name")
+        if thresholds is not None:
+            thresholds = [float(threshold) for threshold in thresholds]
+        lengths = int(config["max_seq_length"]), int(config["max_position_embeddings"])
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{where}: {error!r} missing or malformed; was the model made by train.py?"
-        ) from error
+        hint = "was the model made by train.py?"
+        raise UserError(f"{path}: {error!r} missing or malformed; {hint}") from error
     if thresholds is not None and len(thresholds) != len(labels):
-        raise UserError(f"{where}: {len(thresholds)} thresholds for {len(labels)} labels")
-    return ModelInfo(labels, max_seq_length, max_position, thresholds)
+        raise UserError(f"{path}: {len(thresholds)} thresholds for {len(labels)} labels")
+    return ModelInfo(labels, *lengths, thresholds)
 
 
 def check_labels(label_file, labels):
     """`label.txt`, where there is one, must name the model's labels in the model's order."""
-    if Path(label_file).exists():
-        listed = read_labels(label_file)
-        for number, (listed_name, name) in enumerate(zip(listed, labels), 1):
-            if listed_name != name:
-                raise UserError(
-                    f"{label_file}:{number}: '{listed_name}' where the model has '{name}'; "
-                    "give the label file that it was trained with"
-                )
-        if len(listed) != len(labels):
+    if not Path(label_file).exists():
+        return
+    pairs = itertools.zip_longest(read_labels(label_file), labels, fillvalue="(nothing)")
+    for number, (listed, name) in enumerate(pairs, 1):
+        if listed != name:
             raise UserError(
-                f"{label_file}: {len(listed)} labels where the model has {len(labels)}; "
+                f"{label_file}:{number}: '{listed}' where the model has '{name}'; "
                 "give the label file that it was trained with"
             )
 
@@ -406,17 +417,15 @@ class _ArrayUnpickler(pickle.Unpickler):
 def load_weights(path):
     """{parameter name: array} of a `.pdparams` file, read without running code that it may carry.
 
-    Raises UserError if the file is missing, truncated, or holds anything but arrays.
+    Raises UserError if the file is truncated or names any class but NumPy's.
     """
-    try:
-        with open(path, "rb") as file:
+    with open(path, "rb") as file:
+        try:
             loaded = _ArrayUnpickler(file, encoding="latin1").load()
-        # paddle.save stores a tensor as (name, array), and a table of names beside them.
-        weights = {k: v[1] if isinstance(v, tuple) else v for k, v in loaded.items()}
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from error
-    except Exception as error:  # a broken pickle raises almost anything
-        raise UserError(f"{path}: broken weights file ({error})") from error
+            # paddle.save stores a tensor as (name, array), and a table of names beside them.
+            weights = {k: v[1] if isinstance(v, tuple) else v for k, v in loaded.items()}
+        except Exception as error:  # a broken pickle raises almost anything
+            raise UserError(f"{path}: broken weights file ({error})") from error
     return {k: v for k, v in weights.items() if isinstance(v, np.ndarray)}
 
 
@@ -444,13 +453,27 @@ def _fsync(path):
         os.close(descriptor)
 
 
+def _write_error(path, error, what_now="nothing was replaced"):
+    return UserError(f"cannot write {path}: {error.strerror or error}; {what_now}")
+
+
+def check_writable(path):
+    """The file behind `path`, links followed; raises UserError if no file can be there."""
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        raise UserError(f"cannot write {path}: it is not a regular file")
+    if not path.parent.is_dir():
+        raise UserError(f"cannot write {path}: no folder {path.parent}")
+    return path
+
+
 @contextlib.contextmanager
 def atomic_file(path, mode="w"):
     """`with atomic_file(path) as file`: the file appears whole when the block ends, or not at all.
 
     Raises UserError if it can't be written (disk full, no such folder); the old file then stays.
     """
-    path = Path(path)
+    path = check_writable(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
     try:
@@ -461,44 +484,43 @@ def atomic_file(path, mode="w"):
         os.replace(temporary, path)
         _fsync(path.parent)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; nothing was replaced") from error
+        raise _write_error(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def atomic_folder(path, last=WEIGHTS_FILE):
-    """`with atomic_folder(path) as temporary`: what the block puts there appears as a whole.
+    """`with atomic_folder(path) as temporary`: what the block puts there appears in `path`.
 
-    A new folder is renamed into place. In an old one the files are replaced one by one; `last`,
-    without which no reader accepts the folder, is taken away first and put back last, unless it is
-    all that changed.
+    The files are written inside `path` (it may be a mount point) and then moved one by one. `last`,
+    without which no reader accepts the folder, goes first and comes back last if others change too.
     """
-    path = Path(os.path.abspath(path))
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    path, temporary, kept = Path(path), Path(path) / ".new.tmp", "nothing was replaced"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)  # of a killed process
         temporary.mkdir()
         yield temporary
-        for file in temporary.iterdir():
+        files = sorted(temporary.iterdir(), key=lambda file: file.name == last)
+        for file in files:
             _fsync(file)
-        if not path.exists():
-            os.rename(temporary, path)
-        else:
-            names = [file.name for file in temporary.iterdir() if file.name != last]
-            changed = [name for name in names if not _same_content(temporary / name, path / name)]
-            if changed:
-                (path / last).unlink(missing_ok=True)
-            for name in [*changed, last]:
-                os.replace(temporary / name, path / name)
-            _fsync(path)
-        _fsync(path.parent)
+        changed = [file for file in files if not _same_content(file, path / file.name)]
+        kept = f"the new files are in {temporary}"
+        if len(changed) > 1:
+            (path / last).unlink(missing_ok=True)
+        for file in changed:
+            os.replace(file, path / file.name)
+        _fsync(path)
+        kept = ""
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; nothing was replaced") from error
+        raise _write_error(path, error, kept) from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if not kept.startswith("the new files"):
+            shutil.rmtree(temporary, ignore_errors=True)
+            with contextlib.suppress(OSError):  # not empty, or never made
+                path.rmdir()
 
 
 def _same_content(a, b):
-    return b.exists() and a.read_bytes() == b.read_bytes()
+    return b.exists() and filecmp.cmp(a, b, shallow=False)

@@ -3,7 +3,6 @@
 python evaluate.py --device cpu --dataset_dir ../data --params_path ../checkpoint
 """
 
-import argparse
 import json
 import sys
 import zlib  # noqa: F401  libpaddle exports zlib symbols of its own; loaded after it, zlib crashes
@@ -17,54 +16,24 @@ import utils  # noqa: E402
 from predict import load_forward  # noqa: E402
 from utils import UserError, logger  # noqa: E402
 
+FOLDS = 5  # of the cross-validation of thresholds
+
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    data = parser.add_argument_group("data")
-    data.add_argument("--dataset_dir", required=True, help="folder of the files below")
-    data.add_argument("--train_file", default="train.txt", help="training set")
-    data.add_argument("--dev_file", default="dev.txt", help="development set")
-    data.add_argument(
-        "--label_file", default="label.txt", help="checked against the checkpoint if it exists"
-    )
-    data.add_argument("--skip_train", action="store_true", help="do not evaluate the training set")
-    model = parser.add_argument_group("model")
-    model.add_argument("--params_path", default="../checkpoint/", help="checkpoint folder")
-    model.add_argument("--device", default="gpu", help="cpu, gpu, gpu:0, xpu or npu")
-    model.add_argument(
-        "--max_seq_length",
-        type=utils.at_least(3),
-        help="longest sequence; None: the checkpoint's",
-    )
-    model.add_argument(
-        "--batch_size", type=utils.at_least(1), default=32, help="texts per forward pass"
-    )
-    output = parser.add_argument_group("output")
-    output.add_argument(
-        "--bad_case_path", default="./bad_case.txt", help="dev texts that are labelled wrongly"
-    )
-    output.add_argument("--json_path", help="write all figures there as JSON")
-    output.add_argument(
-        "--tune_thresholds", action="store_true", help="choose one threshold per label on dev"
-    )
-    output.add_argument(
-        "--save_thresholds", action="store_true", help="store the tuned ones in the checkpoint"
-    )
+    parser = utils.new_parser(__doc__)
+    add = parser.add_argument_group("data").add_argument
+    add("--dataset_dir", required=True, help="folder of the files below")
+    add("--train_file", default="train.txt", help="training set")
+    add("--dev_file", default="dev.txt", help="development set")
+    add("--label_file", default="label.txt", help="checked against the checkpoint if it exists")
+    add("--skip_train", action="store_true", help="do not evaluate the training set")
+    utils.add_inference_flags(parser, "../checkpoint/")
+    add = parser.add_argument_group("output").add_argument
+    add("--bad_case_path", default="./bad_case.txt", help="dev texts that are labelled wrongly")
+    add("--json_path", help="write all figures there as JSON")
+    add("--tune_thresholds", action="store_true", help="choose one threshold per label on dev")
+    add("--save_thresholds", action="store_true", help="store the tuned ones in the checkpoint")
     return parser.parse_args(argv)
-
-
-def evaluate(forward, encoded, label_ids, info, batch_size, desc, probs=None):
-    """Counts over a data set; fills `probs` [texts, classes] if it is given."""
-    counts = metric.MultiLabelCounts(len(info.labels))
-    for _, index, logits in utils.run_batches(forward, encoded, batch_size, desc=desc):
-        batch_probs = metric.probabilities(logits)
-        targets = utils.multi_hot([label_ids[i] for i in index], len(info.labels))
-        counts.update(metric.decode(batch_probs, info.thresholds), targets)
-        if probs is not None:
-            probs[index] = batch_probs
-    return counts
 
 
 def percent(figures):
@@ -109,7 +78,7 @@ def write_bad_cases(path, texts, label_ids, decisions, labels):
 
 def save_thresholds(params_path, thresholds):
     path = Path(params_path) / utils.CONFIG_FILE
-    config = {**utils.read_json(path), "thresholds": [round(t, 6) for t in thresholds]}
+    config = {**utils.read_json(path), "thresholds": list(thresholds)}
     with utils.atomic_file(path) as file:
         file.write(json.dumps(config, ensure_ascii=False, indent=2) + "\n")
 
@@ -123,31 +92,35 @@ def main(argv=None):
     utils.check_labels(data / args.label_file, info.labels)
     max_seq_length = args.max_seq_length or info.max_seq_length
     utils.check_length(max_seq_length, info.max_position)
-    files = (
-        {"dev": args.dev_file}
-        if args.skip_train
-        else {"train": args.train_file, "dev": args.dev_file}
-    )
+    files = {"train": args.train_file, "dev": args.dev_file}
+    if args.skip_train:
+        del files["train"]
     examples = {k: utils.read_examples(data / v, info.labels) for k, v in files.items()}
+    if args.tune_thresholds and len(examples["dev"][0]) < FOLDS:
+        raise UserError(f"--tune_thresholds needs at least {FOLDS} samples in {args.dev_file}")
+    for path in (args.bad_case_path, args.json_path):
+        if path:
+            utils.check_writable(path)
     forward, info = load_forward(args.params_path, args.device)
+    if info.thresholds is not None:
+        logger.warning("The thresholds are tuned: figures on the set they come from are optimistic")
     tokenizer = utils.load_tokenizer(args.params_path)
 
     reports = {}
-    probs = np.empty((len(examples["dev"][0]), len(info.labels)), dtype=np.float32)
-    for name, (texts, label_ids) in examples.items():
+    for name, (texts, label_ids) in examples.items():  # dev comes last
         encoded, cut = utils.encode(texts, tokenizer, max_seq_length)
         utils.warn_truncated(cut, len(texts), max_seq_length)
-        keep = probs if name == "dev" else None
-        counts = evaluate(forward, encoded, label_ids, info, args.batch_size, name, keep)
+        logits = utils.logits_of(forward, encoded, args.batch_size, len(info.labels), name)
+        probs, targets = metric.probabilities(logits), utils.multi_hot(label_ids, len(info.labels))
+        decisions = metric.decode(probs, info.thresholds)
+        counts = metric.MultiLabelCounts(len(info.labels))
+        counts.update(decisions, targets)
         reports[name] = counts.report(info.labels)
     log_report(reports["dev"], reports.get("train"))
-    texts, label_ids = examples["dev"]
-    decisions = metric.decode(probs, info.thresholds)
     write_bad_cases(args.bad_case_path, texts, label_ids, decisions, info.labels)
     logger.info("Bad case in dev dataset saved in %s", args.bad_case_path)
-
     if args.tune_thresholds:
-        reports["tuned"] = tune(args, probs, label_ids, info, reports["dev"])
+        reports["tuned"] = tune(args, probs, targets, info.labels)
     if args.json_path:
         with utils.atomic_file(args.json_path) as file:
             json.dump(reports, file, ensure_ascii=False, indent=2)
@@ -155,28 +128,25 @@ def main(argv=None):
         logger.info("Report saved in %s", args.json_path)
 
 
-def tune(args, probs, label_ids, info, before):
+def tune(args, probs, targets, labels):
     """Logs what tuned thresholds give on held-out folds; stores them in the checkpoint if asked."""
-    try:
-        thresholds, held_out = metric.tune_thresholds(
-            probs, utils.multi_hot(label_ids, len(info.labels))
-        )
-    except ValueError as error:
-        raise UserError(f"--tune_thresholds: {error}") from error
-    after = held_out.report(info.labels)
+    thresholds, held_out = metric.tune_thresholds(probs, targets, FOLDS)
+    untuned = metric.MultiLabelCounts(len(labels))
+    untuned.update(metric.decode(probs), targets)
+    before, after = untuned.report(labels), held_out.report(labels)
     logger.info(
-        "Tuned thresholds, out of sample (5-fold cross-validation on dev): "
+        "Tuned thresholds, out of sample (%d-fold cross-validation on dev): "
         "micro F1 %.2f -> %.2f | macro F1 %.2f -> %.2f",
-        *(100 * r[avg]["f1"] for avg in ("micro", "macro") for r in (before, after)),
+        *(FOLDS, *(100 * r[avg]["f1"] for avg in ("micro", "macro") for r in (before, after))),
     )
-    for label, threshold in zip(info.labels, thresholds):
+    for label, threshold in zip(labels, thresholds):
         logger.info("Threshold of %s: %.3f", label, threshold)
     if args.save_thresholds:
         save_thresholds(args.params_path, thresholds)
         logger.info("Thresholds stored in %s/%s", args.params_path, utils.CONFIG_FILE)
     else:
         logger.info("Add --save_thresholds to store them in the checkpoint")
-    return {"thresholds": dict(zip(info.labels, thresholds)), "out_of_sample": after}
+    return {"thresholds": dict(zip(labels, thresholds)), "out_of_sample": after}
 
 
 if __name__ == "__main__":

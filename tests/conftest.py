@@ -51,13 +51,14 @@ def small_data(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def checkpoint(tiny_model, tmp_path_factory):
-    """The tiny model trained on the whole sample with the README's recipe for random weights."""
+    """The tiny model trained on the whole sample as `make demo` does it."""
     import train
 
     folder = tmp_path_factory.mktemp("trained") / "checkpoint"
     train.main(
         f"--device cpu --dataset_dir {SAMPLE} --model_name {tiny_model} --save_dir {folder} "
-        "--epochs 6 --learning_rate 1e-3 --warmup --warmup_steps 20 --logging_steps 50".split()
+        "--epochs 12 --batch_size 8 --learning_rate 1e-3 --dropout 0 --warmup --warmup_steps 100 "
+        "--max_grad_norm 1 --logging_steps 50".split()
     )
     return folder
 
