@@ -65,7 +65,7 @@ def cli(main):
         message = "interrupted; no file was left half-written"
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        message = f"{where}{error.strerror or error}; check the path"
+        message = f"{where}{error.strerror or error}"
     else:
         return
     print(f"error: {message}", file=sys.stderr, flush=True)
@@ -102,6 +102,13 @@ def add_inference_flags(parser, params_path):
 
 
 # ---------------------------------------------------------------------------------------- read
+def _open(path):
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; check the path") from error
+
+
 class _Lines:
     """Iterates over the lines of a UTF-8 file (BOM, LF or CRLF) and collects what is wrong."""
 
@@ -109,7 +116,7 @@ class _Lines:
         self.path, self.number, self.problems = path, 0, []
 
     def __iter__(self):
-        with open(self.path, "rb") as file:  # `cli` makes one line of an OSError
+        with _open(self.path) as file:
             for self.number, raw in enumerate(file, 1):
                 raw = raw.removesuffix(b"\n").removesuffix(b"\r")
                 if self.number == 1:
@@ -232,7 +239,7 @@ def load_tokenizer(folder):
 
     Raises UserError if vocab.txt is missing or does not fit the model.
     """
-    path, config_path = Path(folder) / "vocab.txt", Path(folder) / "tokenizer_config.json"
+    path, *configs = (Path(folder) / n for n in ("vocab.txt", CONFIG_FILE, "tokenizer_config.json"))
     lines = _Lines(path)
     vocab = {token: lines.number - 1 for token in lines}
     lines.check()
@@ -241,12 +248,12 @@ def load_tokenizer(folder):
         raise UserError(f"{path}: {', '.join(missing)} missing; not a BERT-style vocabulary")
     if vocab["[PAD]"] != 0:  # the models mask what has id 0
         raise UserError(f"{path}: [PAD] must be the first line")
-    size = read_json(Path(folder) / CONFIG_FILE).get("vocab_size")
-    if size is not None and lines.number > size:
+    model, config = (read_json(file) if file.exists() else {} for file in configs)
+    size = model.get("vocab_size", lines.number)
+    if lines.number > size:
         raise UserError(f"{path}: {lines.number} tokens, the model has {size}; not its vocabulary")
-    lower = not config_path.exists() or read_json(config_path).get("do_lower_case", True)
-    model = WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=100)
-    tokenizer = Tokenizer(model)
+    lower = config.get("do_lower_case", True)
+    tokenizer = Tokenizer(WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=100))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lower, strip_accents=None)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(_SYMBOLS, "isolated"), pre_tokenizers.BertPreTokenizer()]
@@ -343,7 +350,7 @@ class ModelInfo:
 
 def read_json(path):
     """The object in a JSON file; raises UserError if it holds anything else."""
-    with open(path, encoding="utf-8") as file:
+    with _open(path) as file:
         try:
             value = json.load(file)
         except ValueError as error:
@@ -419,7 +426,7 @@ def load_weights(path):
 
     Raises UserError if the file is truncated or names any class but NumPy's.
     """
-    with open(path, "rb") as file:
+    with _open(path) as file:
         try:
             loaded = _ArrayUnpickler(file, encoding="latin1").load()
             # paddle.save stores a tensor as (name, array), and a table of names beside them.

@@ -193,7 +193,6 @@ def test_tuned_thresholds(run, checkpoint, tmp_path):
 
 
 def test_stored_thresholds_stay_between_0_and_1(tmp_path):
-    # DEFECT: round(t, 6) makes them 0.0 (the label is always given) and 1.0 (never).
     config = {"id2label": {"0": "a", "1": "b"}, "max_seq_length": 8, "max_position_embeddings": 8}
     (tmp_path / "config.json").write_text(json.dumps(config))
     evaluate.save_thresholds(tmp_path, [2e-7, 0.9999997])
@@ -214,9 +213,12 @@ FAULTS = {
     "no checkpoint": ({}, ["--params_path", "none"], "none: no such folder"),
     "too long": ({}, ["--max_seq_length", "161"], "this model takes 3 to 160 tokens"),
     "unknown device": ({}, ["--device", "tpu"], "--device tpu: "),
-    "no output folder": ({}, ["--bad_case_path", "none/b.txt"], "cannot write none/b.txt"),
-    # DEFECT: noticed only after bad_case.txt was written.
-    "too few to tune": ({"dev.txt": "a\t\n" * 4}, ["--tune_thresholds"], "4 samples are too few"),
+    "no output folder": ({}, ["--bad_case_path", "none/b.txt"], "none/b.txt: no folder"),
+    "too few to tune": (
+        {"dev.txt": "a\t\n" * 4},
+        ["--tune_thresholds"],
+        "needs at least 5 samples in dev.txt",
+    ),
 }
 if not paddle.is_compiled_with_cuda():
     FAULTS["gpu on a CPU build"] = {}, ["--device", "gpu"], "--device gpu: "

@@ -28,8 +28,6 @@ def counts_of(decisions, targets):
 # -------------------------------------------------------------------------------------------- F1s
 @pytest.mark.parametrize("samples, classes", [(1, 1), (1, 5), (7, 20), (60, 13), (1611, 20)])
 def test_equals_scikit_learn_to_the_last_digit(samples, classes):
-    # DEFECT: F1 differs in the last digit; scikit-learn 1.3.2 computes 2 * precision * recall /
-    # (precision + recall), metric.precision_recall_f1 2 * tp / (2 * tp + fp + fn).
     rng = np.random.default_rng(samples)
     for _ in range(20 if samples > 1000 else 100):
         gold, predicted = random_data(rng, samples, classes)
@@ -162,7 +160,6 @@ def test_best_threshold_keeps_clear_of_the_samples():
 
 
 def test_best_threshold_of_probabilities_that_are_all_zero():
-    # DEFECT: ValueError ("zero-size array ..."); float32 gives 0 for logits below about -18.
     probs, targets = np.zeros(10, dtype=np.float32), np.arange(10) < 3
     threshold, _ = metric.best_threshold(probs, targets)
     assert 0 <= threshold <= 1
@@ -170,7 +167,6 @@ def test_best_threshold_of_probabilities_that_are_all_zero():
 
 @pytest.mark.parametrize("probability", [1.0, 0.25])
 def test_best_threshold_of_neighbouring_probabilities(probability):
-    # DEFECT: the midpoint rounds to the upper one in float32, so that nothing passes it.
     below = np.nextafter(np.float32(probability), np.float32(0))
     probs = np.array([probability, below, 0.2], dtype=np.float32)
     targets = np.array([True, False, False])

@@ -183,12 +183,12 @@ FAULTS = {
     "too few labels": (
         lambda f: (f / "label.txt").write_text("\n".join(LABELS[:-1]), "utf-8"),
         [],
-        "label.txt: 19 labels where the model has 20",
+        "label.txt:20: '(nothing)' where the model has",
     ),
     "too many labels": (
         lambda f: (f / "label.txt").write_text("\n".join([*LABELS, "x"]), "utf-8"),
         [],
-        "label.txt: 21 labels where the model has 20",
+        "label.txt:21: 'x' where the model has '(nothing)'",
     ),
     "duplicate label": (
         lambda f: (f / "label.txt").write_text("\n".join([*LABELS, LABELS[2]]), "utf-8"),
@@ -229,7 +229,6 @@ FAULTS = {
         [],
         "model_type 'gpt' is not supported",
     ),
-    # DEFECT: ids beyond the embedding read foreign memory: probabilities NaN, exit status 0.
     "vocabulary of another model": (
         lambda f: (f / "model/vocab.txt").open("a").write("".join(f"z{i}\n" for i in range(9999))),
         [],

@@ -243,7 +243,7 @@ def test_resume_faults(small_data, tiny_model, tmp_path, run_cli):
         assert (status, message in err) == (2, True), err
     (tmp_path / "c" / train.STATE_FILE).write_bytes(state[: len(state) // 2])
     status, err = run_cli(train.main, [*args, "--resume"])
-    assert status == 2 and "broken training state" in err and "Traceback" not in err
+    assert status == 2 and "broken weights file" in err and "Traceback" not in err
 
 
 def test_resume_of_a_finished_run_does_nothing(finished, small_data, tiny_model, run_cli):
@@ -277,8 +277,9 @@ def test_two_processes_report_the_dev_figures_of_one(finished, small_data, tiny_
     process = start(argv(small_data, tiny_model, tmp_path / "two", *extra), tmp_path, LAUNCH)
     out, _ = process.communicate(timeout=180)
     assert process.returncode == 0, out
-    one, two = (records(tmp_path / name, "eval") for name in ("one", "two"))
-    assert one[0]["loss"] > 0 and one == two
+    one, two = (records(tmp_path / name, "eval")[0] for name in ("one", "two"))
+    assert one["loss"] > 0 and (one.pop("step"), two.pop("step")) == (12, 6)
+    assert one == two
     assert same_weights(tmp_path / "one", tmp_path / "two")
 
 
@@ -334,7 +335,7 @@ def test_two_machines_lost_worker_and_resume(small_data, tiny_model, tmp_path):
         (["--dataset_dir", "no/such"], "no/such/label.txt: No such file or directory"),
         (["--train_file", "none.txt"], "none.txt: No such file or directory"),
         (["--init_from_ckpt", "none.pdparams"], "none.pdparams: No such file or directory"),
-        (["--batch_size", "0"], "0 is below 1"),
+        (["--batch_size", "0"], "0 is not a number of at least 1"),
         (["--epochs", "x"], "invalid int value: 'x'"),
     ],
 )
@@ -355,7 +356,7 @@ def test_name_without_network(small_data, tmp_path, run_cli, monkeypatch):
     args = argv(small_data, "ernie-3.0-nano-zh", tmp_path / "c")
     status, err = run_cli(train.main, args)
     assert status == 2
-    assert "cannot be downloaded; without network give a local folder with config.json" in err
+    assert "cannot be downloaded (OSError); without network give a local folder" in err
 
 
 def test_init_from_ckpt_of_another_shape(checkpoint, small_data, tmp_path, run_cli):
@@ -376,7 +377,8 @@ def test_bad_lines_are_listed_and_nothing_is_overwritten(finished, small_data, t
         (data / path.name).write_bytes(path.read_bytes())
     (data / "train.txt").write_text("一\t婚后有子女\n二\n三\t没有\n", encoding="utf-8")
     status, err = run_cli(train.main, argv(data, finished, finished))
-    lines = err.strip().splitlines()
+    assert "holds a finished run, which this one will replace" in err
+    lines = err[err.index("error:") :].strip().splitlines()
     assert status == 2 and len(lines) == 2
     assert "train.txt:2: no tab" in lines[0] and "train.txt:3: unknown label '没有'" in lines[1]
     assert (finished / "model_state.pdparams").read_bytes() == before

@@ -311,8 +311,8 @@ def toy_texts(n=50):
 
 
 def test_pad():
-    batch = utils.pad([np.array([1, 2]), np.array([1, 5, 2])], pad_id=9)
-    assert batch["input_ids"].tolist() == [[1, 2, 9], [1, 5, 2]]
+    batch = utils.pad([np.array([1, 2]), np.array([1, 5, 2])])
+    assert batch["input_ids"].tolist() == [[1, 2, 0], [1, 5, 2]]
     assert batch["token_type_ids"].tolist() == [[0, 0, 0], [0, 0, 0]]
 
 
