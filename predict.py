@@ -10,7 +10,6 @@ import contextlib
 import itertools
 import json
 import os
-import sys
 import tempfile
 import zlib  # noqa: F401  libpaddle exports zlib symbols of its own; loaded after it, zlib crashes
 from pathlib import Path
@@ -152,6 +151,11 @@ def merge_parts(file, parts, header_lines):
                 break
 
 
+def remove(paths):
+    for path in paths:
+        path.unlink(missing_ok=True)
+
+
 def main(argv=None):
     args = parse_args(argv)
     set_device(args.device)
@@ -191,11 +195,10 @@ def main(argv=None):
         if rank == 0 and world_size > 1:
             with utils.atomic_file(output) as file:
                 merge_parts(file, parts, header_lines=0 if jsonl else 1)
-    finally:
-        if world_size > 1:
-            for part in parts if rank == 0 else parts[rank : rank + 1]:
-                if rank == 0 or sys.exc_info()[0]:
-                    part.unlink(missing_ok=True)
+            remove(parts)
+    except BaseException:
+        remove(parts if rank == 0 else [parts[rank]])
+        raise
     if rank == 0:
         utils.warn_truncated(sizes[1], sizes[0], max_seq_length)
         logger.info("Prediction results save in %s.", output)

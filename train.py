@@ -355,14 +355,13 @@ def make_optimizer(args, model, total_steps):
         schedule = decay(args.learning_rate, total_steps, args.warmup_steps)
     named = model.named_parameters()
     decayed = {p.name for name, p in named if "bias" not in name and "norm" not in name}
+    clip = paddle.nn.ClipGradByGlobalNorm(args.max_grad_norm) if args.max_grad_norm else None
     optimizer = paddle.optimizer.AdamW(
         learning_rate=schedule or args.learning_rate,
         parameters=model.parameters(),
         weight_decay=args.weight_decay,
         apply_decay_param_fun=decayed.__contains__,
-        grad_clip=paddle.nn.ClipGradByGlobalNorm(args.max_grad_norm)
-        if args.max_grad_norm
-        else None,
+        grad_clip=clip,
     )
     return optimizer, schedule
 
@@ -397,9 +396,8 @@ def train_step(args, parallel, optimizer, scaler, examples, group, step, counts)
 def train(args, identity, model, num_labels, examples, dev_examples, tokenizer_dir):
     """Trains and leaves the best model, the log and the curves in args.save_dir.
 
-    Loss and F1 of the training log are those of rank 0's share of the batches.
-
     examples, dev_examples: (token ids, label ids) of the texts, as lists of arrays and of lists.
+    Loss and F1 of the training log are those of rank 0's share of the batches.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     save_dir, state_path = Path(args.save_dir), Path(args.save_dir) / STATE_FILE
@@ -444,7 +442,7 @@ def train(args, identity, model, num_labels, examples, dev_examples, tokenizer_d
         bar = tqdm(total=len(groups), initial=progress.step, disable=True if rank else None)
         since, logged = time.time(), progress.global_step
         for group in groups[progress.step :]:
-            step = progress.global_step
+            step, lr = progress.global_step, optimizer.get_lr()
             loss = train_step(args, parallel, optimizer, scaler, examples, group, step, counts)
             if schedule is not None:
                 schedule.step()
@@ -460,7 +458,7 @@ def train(args, identity, model, num_labels, examples, dev_examples, tokenizer_d
                     "micro f1 score: %.5f, macro f1 score: %.5f, speed: %.2f step/s",
                     *(progress.global_step, epoch, progress.step, loss, *f1.values(), speed),
                 )
-                values = {"epoch": epoch, "loss": loss, "lr": optimizer.get_lr(), **f1}
+                values = {"epoch": epoch, "loss": loss, "lr": lr, **f1}
                 log.write("train", progress.global_step, **values)
             if args.save_steps and progress.global_step % args.save_steps == 0:
                 progress.counts = counts.to_array().tolist()

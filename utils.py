@@ -17,7 +17,6 @@ import logging
 import os
 import pickle
 import shutil
-import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,8 +54,6 @@ if not logger.handlers:
 
 def cli(main):
     """Runs a script's `main()`; errors of the user become one message and exit status 2."""
-    # A shell that starts a job in the background makes it ignore Ctrl-C; a script should not.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
     except UserError as error:

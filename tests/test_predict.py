@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 
@@ -337,12 +336,3 @@ def test_errors_of_the_user_are_one_line(run_cli, error, message):
     assert run_cli(lambda argv: None, []) == (0, "")
     with pytest.raises(ZeroDivisionError):  # our own mistakes keep their traceback
         run_cli(lambda argv: 1 / 0, [])
-
-
-def test_ctrl_c_works_in_a_background_job_too(run_cli):
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as `python train.py &` starts it
-    try:
-        status, error = run_cli(lambda argv: os.kill(os.getpid(), signal.SIGINT), [])
-    finally:
-        signal.signal(signal.SIGINT, before)
-    assert status == 2 and error.startswith("error: interrupted")

@@ -1,5 +1,6 @@
 """train.py: what a run leaves behind, resuming, several processes, bad input."""
 
+import functools
 import json
 import os
 import re
@@ -53,9 +54,10 @@ def start(args, cwd, launch=()):
     if launch:
         command += ["-m", "paddle.distributed.launch", *launch]
     command += [str(REPO / "train.py"), *args]
-    return subprocess.Popen(
-        command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    # Started from a background job, the tests would hand on that Ctrl-C is ignored.
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=cwd, preexec_fn=heed, **pipes)
 
 
 def wait_for(path, process, seconds=120):
