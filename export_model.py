@@ -4,8 +4,8 @@ load_checkpoint rebuilds the trained model from a checkpoint folder, save_static
 `<prefix>.pdmodel`, `.pdiparams`, `.pdiparams.info` with inputs input_ids and token_type_ids.
 """
 
-import os
 import zlib  # noqa: F401  libpaddle exports zlib symbols of its own; loaded after it, zlib crashes
+import os
 from pathlib import Path
 
 import paddle

@@ -6,12 +6,12 @@ On the CPU the static graph runs (about four times as fast as dygraph), elsewher
 Under `python -m paddle.distributed.launch` the ranks share the file; rank 0 merges their parts.
 """
 
+import zlib  # noqa: F401  libpaddle exports zlib symbols of its own; loaded after it, zlib crashes
 import contextlib
 import itertools
 import json
 import os
 import tempfile
-import zlib  # noqa: F401  libpaddle exports zlib symbols of its own; loaded after it, zlib crashes
 from pathlib import Path
 
 import numpy as np

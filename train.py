@@ -7,6 +7,7 @@ Every random choice is a function of --seed, the epoch and the step, so a run th
 any moment continues with --resume to bit-identical weights.
 """
 
+import zlib  # noqa: F401  libpaddle exports zlib symbols of its own; loaded after it, zlib crashes
 import hashlib
 import json
 import os
@@ -14,7 +15,6 @@ import shutil
 import signal
 import tempfile
 import time
-import zlib  # noqa: F401  libpaddle exports zlib symbols of its own; loaded after it, zlib crashes
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -439,7 +439,8 @@ def train(args, identity, model, num_labels, examples, dev_examples, tokenizer_d
         counts = metric.MultiLabelCounts(num_labels)
         if progress.counts is not None:
             counts = counts.from_array(progress.counts)
-        bar = tqdm(total=len(groups), initial=progress.step, disable=True if rank else None)
+        hidden = True if rank else None  # None: hidden where stderr is no terminal
+        bar = tqdm(desc=f"epoch {epoch}", total=len(groups), initial=progress.step, disable=hidden)
         since, logged = time.time(), progress.global_step
         for group in groups[progress.step :]:
             step, lr = progress.global_step, optimizer.get_lr()

@@ -3,9 +3,9 @@
 python evaluate.py --device cpu --dataset_dir ../data --params_path ../checkpoint
 """
 
+import zlib  # noqa: F401  libpaddle exports zlib symbols of its own; loaded after it, zlib crashes
 import json
 import sys
-import zlib  # noqa: F401  libpaddle exports zlib symbols of its own; loaded after it, zlib crashes
 from pathlib import Path
 
 import numpy as np

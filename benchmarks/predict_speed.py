@@ -7,11 +7,11 @@ order padded to their longest text, dygraph forward. Both sides tokenise, run on
 timed after a warm-up of one batch; loading the model is not counted.
 """
 
+import zlib  # noqa: F401  libpaddle exports zlib symbols of its own; loaded after it, zlib crashes
 import argparse
 import json
 import sys
 import time
-import zlib  # noqa: F401  libpaddle exports zlib symbols of its own; loaded after it, zlib crashes
 from pathlib import Path
 
 import numpy as np

@@ -1,8 +1,8 @@
 """Fixtures: the tiny model, a trained checkpoint, the shared real data where it is at hand."""
 
+import zlib  # noqa: F401  before anything loads paddle, see platform notes in train.py
 import os
 import sys
-import zlib  # noqa: F401  before anything loads paddle, see platform notes in train.py
 from pathlib import Path
 
 import pytest
