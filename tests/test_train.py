@@ -256,6 +256,41 @@ def test_resume_of_a_finished_run_does_nothing(finished, small_data, tiny_model,
     assert (finished / "model_state.pdparams").stat().st_mtime_ns == before
 
 
+def test_resume_of_a_finished_run_with_other_flags(finished, small_data, tiny_model, run_cli):
+    args = argv(small_data, tiny_model, finished, "--warmup", "--warmup_steps", "2", "--resume")
+    status, err = run_cli(train.main, [*args, "--epochs", "5"])
+    assert status == 2 and "epochs changed since the run was finished" in err
+
+
+def test_resume_does_not_depend_on_the_start_model(small_data, tiny_model, tmp_path):
+    """A run may overwrite the folder it started from; its state holds the start weights."""
+    for name in ("whole", "stopped"):
+        train.main(argv(small_data, tiny_model, tmp_path / name, "--epochs", "1"))
+    folders = tmp_path / "whole", tmp_path / "stopped"
+    train.main(argv(small_data, folders[0], folders[0], "--epochs", "2"))
+    args = argv(small_data, folders[1], folders[1], "--epochs", "2")
+    with pytest.MonkeyPatch.context() as patch:
+
+        def stop_after_the_first(path, identity, progress, *rest, save=train.save_state):
+            if progress.epoch == 1:  # the best model is already saved
+                raise KeyboardInterrupt
+            save(path, identity, progress, *rest)
+
+        patch.setattr(train, "save_state", stop_after_the_first)
+        with pytest.raises(KeyboardInterrupt):
+            train.main(args)
+    train.main([*args, "--resume"])
+    identity = [records(folder, "start")[0]["flags"].pop("model_name") for folder in folders]
+    assert identity[0] != identity[1] and same_weights(*folders)
+
+
+def test_diverged_run_is_an_error(small_data, tiny_model, tmp_path, run_cli):
+    extra = ["--learning_rate", "1e30"]
+    status, err = run_cli(train.main, argv(small_data, tiny_model, tmp_path / "c", *extra))
+    assert status == 2 and "dev loss is nan after epoch 1: lower --learning_rate" in err
+    assert not (tmp_path / "c" / "model_state.pdparams").exists()
+
+
 def test_ctrl_c(small_data, tiny_model, tmp_path):
     args = argv(small_data, tiny_model, tmp_path / "c", "--save_steps", "1", "--epochs", "50")
     process = start(args, tmp_path)
