@@ -201,7 +201,7 @@ def main(argv=None):
         raise
     if rank == 0:
         utils.warn_truncated(sizes[1], sizes[0], max_seq_length)
-        logger.info("Prediction results save in %s.", output)
+        logger.info("Prediction results save in %s.", args.output_file)
 
 
 if __name__ == "__main__":
