@@ -3,7 +3,6 @@
 python benchmarks/baseline.py --dataset_dir data
 """
 
-import argparse
 import json
 import sys
 import time
@@ -19,9 +18,7 @@ import utils  # noqa: E402
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = utils.new_parser(__doc__)
     parser.add_argument("--dataset_dir", required=True, help="folder with train, dev and label.txt")
     return parser.parse_args(argv)
 

@@ -9,7 +9,6 @@ tokenises, runs on the CPU and is timed after a warm-up of 64 texts; loading is 
 """
 
 import zlib  # noqa: F401  libpaddle exports zlib symbols of its own; loaded after it, zlib crashes
-import argparse
 import json
 import subprocess
 import sys
@@ -30,9 +29,7 @@ SIDES = ["plain", "plain_tuned", "pipeline"]
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = utils.new_parser(__doc__)
     parser.add_argument("--dataset_dir", required=True, help="folder of the data file")
     parser.add_argument(
         "--data_file", default="dev.txt", help="texts; only the first column counts"

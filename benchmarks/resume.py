@@ -3,7 +3,6 @@
 python benchmarks/resume.py --dataset_dir data --model_name tiny_ernie --kills 10
 """
 
-import argparse
 import json
 import random
 import signal
@@ -19,9 +18,7 @@ import utils  # noqa: E402
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = utils.new_parser(__doc__)
     parser.add_argument("--dataset_dir", required=True, help="folder with train, dev and label.txt")
     parser.add_argument("--model_name", required=True, help="as for train.py")
     parser.add_argument("--epochs", type=utils.at_least(1), default=3, help="as for train.py")
