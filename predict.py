@@ -10,19 +10,24 @@ import zlib  # noqa: F401  libpaddle exports zlib symbols of its own; loaded aft
 import contextlib
 import itertools
 import json
-import os
 import tempfile
 from pathlib import Path
 
 import numpy as np
 import paddle
 import paddle.distributed as dist
-import paddle.inference
 from tqdm import tqdm
 
 import metric
 import utils
-from export_model import load_checkpoint, save_static
+from export_model import (
+    dygraph_forward,
+    load_checkpoint,
+    local_size,
+    save_static,
+    set_device,
+    static_forward,
+)
 from utils import UserError, logger
 
 CHUNK = 8192  # texts held in memory and sorted by length at a time
@@ -40,62 +45,6 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def set_device(device):
-    """Selects the device; on the CPU also lets the matrix library work at full speed.
-
-    MKL takes its slow SSE kernels on AMD processors unless told otherwise, and Paddle limits
-    dygraph to one thread. Both variables are read at the first matrix product; what they gain is
-    measured by benchmarks/cpu_math.py.
-    """
-    if device == "cpu":
-        cpuinfo = Path("/proc/cpuinfo")
-        features = cpuinfo.read_text() if cpuinfo.exists() else ""
-        if "AuthenticAMD" in features and "avx2" in features:
-            os.environ.setdefault("MKL_DEBUG_CPU_TYPE", "5")  # its AVX2 kernels
-        if os.environ.get("OMP_NUM_THREADS", "1") == "1":  # "1" is Paddle's own default
-            os.environ["OMP_NUM_THREADS"] = str(num_cpus())
-    try:
-        paddle.set_device(device)
-    except (ValueError, RuntimeError) as error:
-        raise UserError(
-            f"--device {device}: this PaddlePaddle cannot use it; use --device cpu or install the "
-            f"matching build (requirements-gpu.txt for gpu)"
-        ) from error
-
-
-def dygraph_forward(model):
-    """Forward of a dygraph model; see utils.run_batches."""
-
-    def forward(input_ids, token_type_ids):
-        with paddle.no_grad():
-            logits = model(paddle.to_tensor(input_ids), paddle.to_tensor(token_type_ids))
-        return logits.astype("float32").numpy()
-
-    return forward
-
-
-def static_forward(prefix, num_threads):
-    """Forward of the static graph `<prefix>.pdmodel` on the CPU; see utils.run_batches."""
-    config = paddle.inference.Config(f"{prefix}.pdmodel", f"{prefix}.pdiparams")
-    config.disable_gpu()
-    config.disable_glog_info()
-    config.enable_mkldnn()
-    config.set_mkldnn_cache_capacity(16)  # bounds the memory: one entry per batch shape
-    config.set_cpu_math_library_num_threads(num_threads)
-    predictor = paddle.inference.create_predictor(config)
-    inputs = [predictor.get_input_handle(name) for name in ("input_ids", "token_type_ids")]
-    output = predictor.get_output_handle(predictor.get_output_names()[0])
-
-    def forward(input_ids, token_type_ids):
-        for handle, array in zip(inputs, (input_ids, token_type_ids)):
-            handle.reshape(array.shape)
-            handle.copy_from_cpu(array)
-        predictor.run()
-        return output.copy_to_cpu()
-
-    return forward
-
-
 def all_reduce(array):
     """Element-wise sum of a NumPy array over all ranks."""
     if dist.get_world_size() == 1:
@@ -103,11 +52,6 @@ def all_reduce(array):
     tensor = paddle.to_tensor(array)
     dist.all_reduce(tensor)
     return tensor.numpy()
-
-
-def num_cpus():
-    """Cores that this process may use, shared among the ranks of a launch on this machine."""
-    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("PADDLE_LOCAL_SIZE", 1)))
 
 
 def load_forward(params_path, device):
@@ -118,7 +62,7 @@ def load_forward(params_path, device):
         return dygraph_forward(model), info
     with tempfile.TemporaryDirectory() as folder:
         save_static(model, Path(folder) / "model")
-        return static_forward(Path(folder) / "model", num_cpus()), info
+        return static_forward(Path(folder) / "model"), info
 
 
 def write_header(file, labels, jsonl, output_scores):
@@ -163,7 +107,7 @@ def main(argv=None):
     data_path = Path(args.dataset_dir) / args.data_file
     next(utils.read_texts(data_path))  # a wrong path should not cost the loading of the model
     output = utils.check_writable(args.output_file)
-    if world_size != int(os.environ.get("PADDLE_LOCAL_SIZE", world_size)):
+    if world_size != local_size():
         raise UserError("predict.py shares a file on one machine; split it for several machines")
     if world_size > 1:
         dist.init_parallel_env()

@@ -29,8 +29,8 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 import metric
 import utils
-from export_model import build_model, set_weights
-from predict import all_reduce, dygraph_forward, set_device
+from export_model import build_model, dygraph_forward, set_device, set_weights
+from predict import all_reduce
 from utils import UserError, at_least, logger
 
 MODEL_NAMES = [

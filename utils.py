@@ -82,6 +82,17 @@ def at_least(minimum):
     return parse
 
 
+def num_cores():
+    """Physical cores that this process may use; two threads of one core share its arithmetic."""
+    if not hasattr(os, "sched_getaffinity"):  # not Linux
+        return os.cpu_count() or 1
+    cores = set()
+    for cpu in os.sched_getaffinity(0):
+        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        cores.add(siblings.read_text() if siblings.exists() else cpu)
+    return len(cores)
+
+
 def new_parser(doc):
     """An ArgumentParser with the first line of a script's docstring; help texts show defaults."""
     return argparse.ArgumentParser(

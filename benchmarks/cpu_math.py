@@ -2,7 +2,7 @@
 
     python benchmarks/cpu_math.py
 
-Both are read once a process, so every setting has a process of its own. predict.set_device
+Both are read once a process, so every setting has a process of its own. export_model.set_device
 applies the last row on AMD processors with AVX2; elsewhere only the number of threads.
 """
 

@@ -3,9 +3,9 @@
     python benchmarks/predict_speed.py --dataset_dir data --params_path checkpoint
 
 The plain loop is what the original application does: PaddleNLP's Python tokenizer, batches in file
-order padded to their longest text, dygraph forward; once as Paddle comes, once with the settings of
-predict.set_device. Every side has a process of its own (the matrix library reads settings once),
-tokenises, runs on the CPU and is timed after a warm-up of 64 texts; loading is not counted.
+order padded to their longest text, dygraph forward; once as Paddle comes, once with the settings
+of export_model.set_device. Every side has a process of its own (the matrix library reads settings
+once), tokenises, runs on the CPU and is timed after a warm-up of 64 texts; loading is not counted.
 """
 
 import zlib  # noqa: F401  libpaddle exports zlib symbols of its own; loaded after it, zlib crashes
@@ -22,8 +22,8 @@ from paddlenlp.transformers import AutoTokenizer
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import metric  # noqa: E402
 import utils  # noqa: E402
-from export_model import load_checkpoint  # noqa: E402
-from predict import dygraph_forward, load_forward, set_device  # noqa: E402
+from export_model import dygraph_forward, load_checkpoint, set_device  # noqa: E402
+from predict import load_forward  # noqa: E402
 
 SIDES = ["plain", "plain_tuned", "pipeline"]
 

@@ -66,7 +66,7 @@ def test_static_graph_equals_dygraph(run, checkpoint):
     model, info = export_model.load_checkpoint(checkpoint)
     tokenizer = utils.load_tokenizer(checkpoint)
     encoded, _ = utils.encode(DEV_TEXTS, tokenizer, info.max_seq_length)
-    forward = predict.dygraph_forward(model)
+    forward = export_model.dygraph_forward(model)
     probs = metric.probabilities(np.concatenate([forward(**utils.pad([ids])) for ids in encoded]))
     np.testing.assert_allclose(scores, probs, rtol=0, atol=1e-4)
     expected = [",".join(names) for names in metric.label_names(probs > 0.5, LABELS)]
