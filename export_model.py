@@ -1,23 +1,45 @@
-"""Checkpoint to static graph.
+"""Checkpoint to static graph: the bundle that every deployment reads.
 
-load_checkpoint rebuilds the trained model from a checkpoint folder, save_static writes it as
-`<prefix>.pdmodel`, `.pdiparams`, `.pdiparams.info` with inputs input_ids and token_type_ids.
+    python export_model.py --params_path ./checkpoint --output_path ./export
+
+writes float32.pdmodel, .pdiparams and .pdiparams.info (inputs input_ids and token_type_ids, output
+logits) with the tokenizer and config.json (labels, length, thresholds) beside them; with --onnx
+also model.onnx. The result is compared with the trained model before the folder appears.
 """
 
 import zlib  # noqa: F401  libpaddle exports zlib symbols of its own; loaded after it, zlib crashes
+import itertools
+import json
 import os
+import sys
 from pathlib import Path
 
+import numpy as np
 import paddle
 import paddle.inference
 from paddlenlp import transformers
 from paddlenlp.utils.log import logger as paddlenlp_logger
 
 import utils
-from utils import CONFIG_FILE, WEIGHTS_FILE, UserError, load_weights, read_json, read_model_info
+from utils import CONFIG_FILE, WEIGHTS_FILE, UserError, load_weights, logger, read_json
 
 MODEL_CLASSES = {"ernie": "Ernie", "bert": "Bert"}  # model_type: prefix of PaddleNLP's classes
+PREFIX = "float32"  # name of the static graph's files in a bundle
+MAX_DIFFERENCE = 1e-4  # of a logit, between the trained model and what is exported
+CHECK_TEXTS = 64
+REPO = Path(__file__).resolve().parent
 paddlenlp_logger.set_level("WARNING")  # its notes on every file drown the log lines that matter
+
+
+def parse_args(argv=None):
+    parser = utils.new_parser(__doc__)
+    add = parser.add_argument
+    add("--params_path", default="./checkpoint/", help="checkpoint folder")
+    add("--output_path", default="./export", help="folder of the bundle")
+    add("--onnx", action="store_true", help="also write model.onnx, for hosts without Paddle")
+    check = "texts, one per line, on which the export is compared with the trained model"
+    add("--check_file", default=str(REPO / "data" / "data.txt"), help=check)
+    return parser.parse_args(argv)
 
 
 # ------------------------------------------------------------------------------------- forward
@@ -132,7 +154,7 @@ def set_weights(model, weights, where):
 
 def load_checkpoint(params_path):
     """Returns (model in eval mode, utils.ModelInfo). Raises UserError for a broken folder."""
-    info = read_model_info(params_path)
+    info = utils.read_model_info(params_path)
     model = build_model(params_path, len(info.labels))
     weights_file = Path(params_path) / WEIGHTS_FILE
     set_weights(model, load_weights(weights_file), weights_file)
@@ -140,8 +162,9 @@ def load_checkpoint(params_path):
     return model, info
 
 
+# -------------------------------------------------------------------------------------- export
 def save_static(model, prefix):
-    """Traces the model in eval mode: two int64 inputs [batch, length], output the logits."""
+    """Traces the model in eval mode: int64 input_ids, token_type_ids [batch, length] to logits."""
     model.eval()
     inputs = [
         paddle.static.InputSpec([None, None], "int64", name)
@@ -149,3 +172,76 @@ def save_static(model, prefix):
     ]
     static_model = paddle.jit.to_static(model, input_spec=inputs, full_graph=True)
     paddle.jit.save(static_model, str(prefix))
+    name_output(Path(f"{prefix}.pdmodel"))
+
+
+def name_output(path):
+    """Paddle names the output after its last operation; every server would have to know it."""
+    program = paddle.base.core.ProgramDesc(path.read_bytes())
+    block = program.block(0)
+    operations = [block.op(i) for i in range(block.op_size())]
+    (output,) = (name for op in operations if op.type() == "fetch" for name in op.input("X"))
+    block._rename_var(output.encode(), b"logits")
+    path.write_bytes(program.serialize_to_string())
+
+
+def write_bundle(params_path, folder):
+    """What inference needs beside the static graph: tokenizer, labels, length, thresholds."""
+    utils.copy_tokenizer(params_path, folder)
+    config = read_json(Path(params_path) / CONFIG_FILE)
+    files = (folder / f"{PREFIX}{suffix}" for suffix in (".pdmodel", ".pdiparams"))
+    config["model_sha256"] = utils.sha256(*files)  # binds config.json and ONNX files to the weights
+    text = json.dumps(config, ensure_ascii=False, indent=2) + "\n"
+    (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
+
+
+def check_texts(path):
+    """Some texts of the file, one that fills the longest sequence, and an empty one."""
+    texts = list(itertools.islice(utils.read_texts(path), CHECK_TEXTS))
+    joined = "".join(texts)
+    return [*texts, joined * (1 + 2048 // max(1, len(joined))), ""]
+
+
+def check_difference(name, logits, expected):
+    difference = float(np.abs(logits - expected).max())
+    texts = f"on {len(expected)} texts"
+    if not difference <= MAX_DIFFERENCE:  # also when it is nan
+        limit = f"more than {MAX_DIFFERENCE:g}; nothing was written"
+        raise UserError(f"the logits of the {name} differ by {difference:.2e} {texts}, {limit}")
+    logger.info("Largest difference of a logit, %s and model: %.2e %s", name, difference, texts)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    source, target = Path(args.params_path), Path(args.output_path)
+    set_device("cpu")
+    model, info = load_checkpoint(source)
+    if target.exists() and target.samefile(source):
+        raise UserError(f"--output_path {target} is the checkpoint itself; give another folder")
+    tokenizer = utils.load_tokenizer(source)
+    encoded, _ = utils.encode(check_texts(args.check_file), tokenizer, info.max_seq_length)
+
+    def logits_of(forward):
+        return utils.logits_of(forward, encoded, 16, len(info.labels))
+
+    expected = logits_of(dygraph_forward(model))  # first: static_forward takes the threads away
+    with utils.atomic_folder(target, last=f"{PREFIX}.pdiparams") as folder:
+        save_static(model, folder / PREFIX)
+        write_bundle(source, folder)
+        check_difference("static graph", logits_of(static_forward(folder / PREFIX)), expected)
+        if args.onnx:
+            sys.path.insert(0, str(REPO / "deploy" / "predictor"))
+            import predictor
+
+            predictor.make_onnx(folder / PREFIX, "fp32")
+            session = predictor.open_session(folder / PREFIX)
+            check_difference("ONNX model", logits_of(predictor.onnx_forward(session)), expected)
+        made = {file.name for file in folder.iterdir()}
+    for name in utils.ONNX_FILES.values():
+        if name not in made:
+            (target / name).unlink(missing_ok=True)  # of the weights that were here before
+    logger.info("Exported to %s: %s", target, ", ".join(sorted(made)))
+
+
+if __name__ == "__main__":
+    utils.cli(main)

@@ -9,7 +9,6 @@ Under `python -m paddle.distributed.launch` the ranks share the file; rank 0 mer
 import zlib  # noqa: F401  libpaddle exports zlib symbols of its own; loaded after it, zlib crashes
 import contextlib
 import itertools
-import json
 import tempfile
 from pathlib import Path
 
@@ -29,8 +28,6 @@ from export_model import (
     static_forward,
 )
 from utils import UserError, logger
-
-CHUNK = 8192  # texts held in memory and sorted by length at a time
 
 
 def parse_args(argv=None):
@@ -65,33 +62,15 @@ def load_forward(params_path, device):
         return static_forward(Path(folder) / "model"), info
 
 
-def write_header(file, labels, jsonl, output_scores):
-    if not jsonl:
-        file.write("\t".join(["text", "label", *(labels if output_scores else [])]) + "\n")
-
-
-def write_rows(file, texts, probs, decisions, labels, jsonl, output_scores):
-    """One line per text; a TSV cell can't hold a tab, so a tab inside a text becomes a space."""
-    for text, row, names in zip(texts, probs, metric.label_names(decisions, labels)):
-        if jsonl:
-            record = {"text": text, "labels": names}
-            if output_scores:
-                record["scores"] = {name: round(float(p), 6) for name, p in zip(labels, row)}
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        else:
-            scores = [f"{p:.6f}" for p in row] if output_scores else []
-            file.write("\t".join([text.replace("\t", " "), ",".join(names), *scores]) + "\n")
-
-
 def merge_parts(file, parts, header_lines):
     """Rank r wrote the chunks r, r + world size, ...; takes them back in turn, the header first."""
     with contextlib.ExitStack() as stack:
         handles = [stack.enter_context(open(p, encoding="utf-8", newline="\n")) for p in parts]
         file.writelines(itertools.islice(handles[0], header_lines))
         for handle in itertools.cycle(handles):
-            lines = list(itertools.islice(handle, CHUNK))
+            lines = list(itertools.islice(handle, utils.CHUNK))
             file.writelines(lines)
-            if len(lines) < CHUNK:  # only the last chunk is short
+            if len(lines) < utils.CHUNK:  # only the last chunk is short
                 break
 
 
@@ -124,8 +103,8 @@ def main(argv=None):
     try:
         with utils.atomic_file(output if world_size == 1 else parts[rank]) as file:
             if rank == 0:
-                write_header(file, labels, jsonl, args.output_scores)
-            chunks = utils.chunks(utils.read_texts(data_path), CHUNK)
+                utils.write_header(file, labels, jsonl, args.output_scores)
+            chunks = utils.chunks(utils.read_texts(data_path), utils.CHUNK)
             for number, texts in enumerate(tqdm(chunks, unit="chunk", disable=None)):
                 if number % world_size != rank:
                     continue
@@ -133,8 +112,9 @@ def main(argv=None):
                 sizes += len(texts), cut
                 logits = utils.logits_of(forward, encoded, args.batch_size, len(labels))
                 probs = metric.probabilities(logits)
-                decisions = metric.decode(probs, info.thresholds)
-                write_rows(file, texts, probs, decisions, labels, jsonl, args.output_scores)
+                names = metric.label_names(metric.decode(probs, info.thresholds), labels)
+                scores = probs if args.output_scores else None
+                utils.write_rows(file, texts, names, labels, jsonl, scores)
         sizes = all_reduce(sizes)  # all parts are complete now
         if rank == 0 and world_size > 1:
             with utils.atomic_file(output) as file:

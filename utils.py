@@ -11,6 +11,7 @@ file imports no deep-learning framework, so that a deployment can use it without
 import argparse
 import contextlib
 import filecmp
+import hashlib
 import itertools
 import json
 import logging
@@ -29,8 +30,11 @@ from tqdm import tqdm
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model_state.pdparams"
 TOKENIZER_FILES = ("vocab.txt", "tokenizer_config.json", "special_tokens_map.json")
+ONNX_FILES = {"fp32": "model.onnx", "fp16": "fp16_model.onnx", "int8": "int8_model.onnx"}
 SPECIAL_TOKENS = ("[PAD]", "[CLS]", "[SEP]", "[MASK]", "[UNK]")
 MAX_REPORTED = 10  # offending lines listed in one error message
+MAX_LINE = 500_000  # bytes; longer than any document, so the file has lost its line ends
+CHUNK = 8192  # texts that are read, encoded and sorted by length at a time
 
 
 class UserError(Exception):
@@ -125,7 +129,12 @@ class _Lines:
 
     def __iter__(self):
         with _open(self.path) as file:
-            for self.number, raw in enumerate(file, 1):
+            for self.number, raw in enumerate(iter(lambda: file.readline(MAX_LINE), b""), 1):
+                if len(raw) == MAX_LINE and not raw.endswith(b"\n"):
+                    self.bad(f"longer than {MAX_LINE} bytes; put one text on a line")
+                    while len(raw) == MAX_LINE and not raw.endswith(b"\n"):
+                        raw = file.readline(MAX_LINE)
+                    continue
                 raw = raw.removesuffix(b"\n").removesuffix(b"\r")
                 if self.number == 1:
                     raw = raw.removeprefix(b"\xef\xbb\xbf")
@@ -277,7 +286,7 @@ def encode(texts, tokenizer, max_seq_length):
     """
     cls_id, sep_id = tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]")
     encoded, cut = [], 0
-    for chunk in chunks(texts, 8192):  # an encoding holds much more than the ids
+    for chunk in chunks(texts, CHUNK):  # an encoding holds much more than the ids
         for encoding in tokenizer.encode_batch(chunk, add_special_tokens=False):
             ids = encoding.ids
             cut += len(ids) > max_seq_length - 2
@@ -354,6 +363,7 @@ class ModelInfo:
     max_seq_length: int  # [CLS] and [SEP] included
     max_position: int  # the longest sequence that the model can take
     thresholds: list | None  # one per label; None: metric.DEFAULT_THRESHOLD
+    model_sha256: str | None = None  # of a bundle's static graph (see export_model.py)
 
 
 def read_json(path):
@@ -387,7 +397,17 @@ def read_model_info(folder):
         raise UserError(f"{path}: {error!r} missing or malformed; {hint}") from error
     if thresholds is not None and len(thresholds) != len(labels):
         raise UserError(f"{path}: {len(thresholds)} thresholds for {len(labels)} labels")
-    return ModelInfo(labels, *lengths, thresholds)
+    return ModelInfo(labels, *lengths, thresholds, config.get("model_sha256"))
+
+
+def sha256(*paths):
+    """Hexadecimal SHA-256 of the files' contents, one after the other."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with _open(path) as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def check_labels(label_file, labels):
@@ -460,6 +480,28 @@ def copy_tokenizer(source, target):
 
 
 # ------------------------------------------------------------------------------------------ save
+def write_header(file, labels, jsonl, scores):
+    """The first line of a TSV result; with `scores` a column per label. JSON lines have none."""
+    if not jsonl:
+        file.write("\t".join(["text", "label", *(labels if scores else [])]) + "\n")
+
+
+def write_rows(file, texts, names, labels, jsonl, probs=None):
+    """One line per text: its label names and, if given, its probabilities [texts, classes].
+
+    A TSV cell can't hold a tab, so a tab inside a text becomes a space.
+    """
+    for i, (text, given) in enumerate(zip(texts, names)):
+        if jsonl:
+            record = {"text": text, "labels": given}
+            if probs is not None:
+                record["scores"] = {n: round(float(p), 6) for n, p in zip(labels, probs[i])}
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        else:
+            scores = [] if probs is None else [f"{p:.6f}" for p in probs[i]]
+            file.write("\t".join([text.replace("\t", " "), ",".join(given), *scores]) + "\n")
+
+
 def _fsync(path):
     descriptor = os.open(path, os.O_RDONLY)
     try:

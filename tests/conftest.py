@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(REPO), str(REPO / "analysis"), str(REPO / "data"), str(REPO / "benchmarks")]
+FOLDERS = ["", "analysis", "data", "benchmarks", "deploy/predictor"]
+sys.path[:0] = [str(REPO / folder) for folder in FOLDERS]
 
 import utils  # noqa: E402
 
@@ -60,6 +61,16 @@ def checkpoint(tiny_model, tmp_path_factory):
         "--epochs 12 --batch_size 8 --learning_rate 1e-3 --dropout 0 --warmup --warmup_steps 100 "
         "--max_grad_norm 1 --logging_steps 50".split()
     )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def bundle(checkpoint, tmp_path_factory):
+    """The exported checkpoint with its ONNX file; tests that change it take a copy."""
+    import export_model
+
+    folder = tmp_path_factory.mktemp("exported") / "export"
+    export_model.main(["--params_path", str(checkpoint), "--output_path", str(folder), "--onnx"])
     return folder
 
 

@@ -79,7 +79,7 @@ ODD_TEXTS = ["准予离婚", "", "双方\t分居", "", "  ", "夫妻\u2028共同
 
 @pytest.mark.parametrize("chunk", [2, 7, 8192])
 def test_every_line_keeps_its_place(run, monkeypatch, chunk):
-    monkeypatch.setattr(predict, "CHUNK", chunk)
+    monkeypatch.setattr(utils, "CHUNK", chunk)
     rows = rows_of(run(ODD_DATA))
     assert [row[0] for row in rows] == [text.replace("\t", " ") for text in ODD_TEXTS]
     assert {len(row) for row in rows} == {2}  # a tab in the text makes no third column
@@ -116,7 +116,7 @@ def test_chunks_and_batches_change_nothing(run, monkeypatch):
         encoded.append((len(texts), read[0]))
         return encode(texts, *rest)
 
-    monkeypatch.setattr(predict, "CHUNK", 8)
+    monkeypatch.setattr(utils, "CHUNK", 8)
     monkeypatch.setattr(utils, "read_texts", counted)
     monkeypatch.setattr(utils, "encode", watched)
     assert run(DEV_TEXTS[:50], "--batch_size", "3") == whole
@@ -290,7 +290,7 @@ def test_old_output_stays(folder, run_cli, monkeypatch, fault):
 @pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("lines", [1, 3, 4, 6, 7, 9, 18, 20])
 def test_parts_are_merged_in_order(tmp_path, monkeypatch, world, lines):
-    monkeypatch.setattr(predict, "CHUNK", 3)
+    monkeypatch.setattr(utils, "CHUNK", 3)
     parts = [open(tmp_path / str(rank), "w+", encoding="utf-8") for rank in range(world)]
     parts[0].write("header\n")
     for number, chunk in enumerate(utils.chunks(range(lines), 3)):
@@ -305,7 +305,7 @@ def test_parts_are_merged_in_order(tmp_path, monkeypatch, world, lines):
 
 def test_two_processes_write_the_same_file(run, checkpoint, tmp_path):
     texts = [f"{text[:3]}{i}" for i, text in enumerate(DEV_TEXTS * 41)]  # two chunks and a bit
-    assert len(texts) > 2 * predict.CHUNK
+    assert len(texts) > 2 * utils.CHUNK
     expected = run(texts)
     (tmp_path / "result").mkdir()
     command = "-m paddle.distributed.launch --nproc_per_node=2 --backend=gloo --log_dir"

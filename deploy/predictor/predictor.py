@@ -1,0 +1,280 @@
+"""ONNX Runtime on an exported bundle: CPU fp32 and int8, GPU fp32 and fp16.
+
+    predictor = Predictor("export/float32", device="cpu", precision="int8")
+    names, probs = predictor.predict(["婚后生育一子。"])
+
+Paddle is not needed once the bundle holds model.onnx. What is missing is made once, from the static
+graph or from model.onnx, and kept in the bundle; every ONNX file names the SHA-256 of the static
+graph that it comes from, so that a file of other weights is never used.
+"""
+
+import contextlib
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import onnxruntime as ort
+from filelock import FileLock
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+import metric  # noqa: E402
+import utils  # noqa: E402
+from utils import UserError, logger  # noqa: E402
+
+OPSET = 13
+INPUTS = ["input_ids", "token_type_ids"]
+
+
+# ----------------------------------------------------------------------------------- ONNX files
+def make_onnx(prefix, precision):
+    """Writes the bundle's ONNX file of one precision; makes model.onnx first if it is not there.
+
+    Raises UserError if the static graph is missing or is not the one that config.json describes, if
+    a package is missing, or if the bundle can't be written.
+    """
+    folder = Path(prefix).parent
+    path = folder / utils.ONNX_FILES[precision]
+    logger.info("Make %s (once)", path)
+    with tempfile.TemporaryDirectory() as temporary, _stdout_to_stderr():
+        result = Path(temporary) / "result.onnx"
+        if precision == "fp32":
+            sha256 = _static_graph_sha256(prefix)
+            _convert(prefix, result)
+        else:
+            source = folder / utils.ONNX_FILES["fp32"]
+            sha256 = utils.read_model_info(folder).model_sha256
+            if not source.exists() or _made_from(_load_onnx(source)) != sha256:
+                make_onnx(prefix, "fp32")
+            {"int8": _quantize, "fp16": _to_fp16}[precision](source, result)
+        model = _load_onnx(result)
+    if _made_from(model) is None:
+        model.metadata_props.add(key="model_sha256", value=sha256)
+    with utils.atomic_file(path, "wb") as file:
+        file.write(model.SerializeToString())
+
+
+@contextlib.contextmanager
+def _stdout_to_stderr():
+    """The converters print notes, also from C++; stdout is for results."""
+    sys.stdout.flush()
+    stdout = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(stdout, 1)
+        os.close(stdout)
+
+
+def _static_graph_sha256(prefix):
+    """SHA-256 of the static graph, checked against config.json."""
+    files = [Path(f"{prefix}{suffix}") for suffix in (".pdmodel", ".pdiparams")]
+    for file in files:
+        if not file.exists():
+            raise UserError(
+                f"{file}: no such file, and no {utils.ONNX_FILES['fp32']} of this model beside it; "
+                "export again with export_model.py --onnx"
+            )
+    sha256 = utils.sha256(*files)
+    if sha256 != utils.read_model_info(files[0].parent).model_sha256:
+        raise UserError(
+            f"{prefix}.pdmodel, .pdiparams: not the files that config.json beside them describes "
+            "(cut short, or of another model); export again"
+        )
+    return sha256
+
+
+def _import(name, why):
+    """A package that only making files needs."""
+    try:
+        return __import__(name)
+    except ImportError as error:
+        raise UserError(
+            f"{why} needs the package {name} (pip install {name}), or a bundle that holds the file "
+            f"already; export_model.py --onnx writes {utils.ONNX_FILES['fp32']}"
+        ) from error
+
+
+def _load_onnx(path):
+    onnx = _import("onnx", f"making {utils.ONNX_FILES['int8']} or {utils.ONNX_FILES['fp16']}")
+    try:
+        return onnx.load(str(path))
+    except Exception as error:  # protobuf's DecodeError and others
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path, error):
+    reason = str(error).strip().splitlines()[0]
+    return UserError(f"{path}: not a readable ONNX model ({reason}); delete it or export again")
+
+
+def _made_from(model):
+    return next((p.value for p in model.metadata_props if p.key == "model_sha256"), None)
+
+
+def _convert(prefix, path):
+    """Static graph to ONNX. ONNX Runtime's clean-up then folds constants and turns the weights,
+    which paddle2onnx writes as Constant nodes (the embeddings twice), into initializers: without it
+    the quantiser would find nothing to quantise."""
+    paddle2onnx = _import("paddle2onnx", f"making {utils.ONNX_FILES['fp32']}")
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    raw = path.with_name("raw.onnx")
+    graph, weights = f"{prefix}.pdmodel", f"{prefix}.pdiparams"
+    paddle2onnx.export(graph, weights, str(raw), opset_version=OPSET, enable_onnx_checker=True)
+    quant_pre_process(str(raw), str(path), skip_symbolic_shape=True)
+
+
+def _quantize(source, path):
+    """Dynamic int8 of every MatMul with weights, and of the embeddings.
+
+    One scale per output column. 7 bits a weight (reduce_range): on processors without VNNI the sum
+    of two 8-bit products overflows 16 bits, and the file may be served on another machine.
+    """
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    quantize_dynamic(
+        str(source),
+        str(path),
+        op_types_to_quantize=["MatMul", "Gather"],
+        weight_type=QuantType.QInt8,
+        per_channel=True,
+        reduce_range=True,
+    )
+
+
+def _to_fp16(source, path):
+    """Half precision inside, float32 logits outside."""
+    import onnx
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    onnx.save(convert_float_to_float16(onnx.load(str(source)), keep_io_types=True), str(path))
+
+
+# -------------------------------------------------------------------------------------- sessions
+def open_session(prefix, precision="fp32", device="cpu", device_id=0, num_threads=None):
+    """An ONNX Runtime session of a bundle; makes the ONNX file if there is none of these weights.
+
+    num_threads: CPU threads, None for all cores. Several processes may call this at once: one makes
+    the file, the others wait for it. Raises UserError.
+    """
+    folder = Path(prefix).parent
+    info = utils.read_model_info(folder)
+    if info.model_sha256 is None:
+        raise UserError(f"{folder}: a checkpoint, not a bundle; run export_model.py on it")
+    if not Path(f"{prefix}.pdmodel").exists() and any(folder.glob("*.pdmodel")):
+        raise UserError(f"{prefix}.pdmodel: no such file; check --model_path_prefix")
+    path = folder / utils.ONNX_FILES[precision]
+    args = path, info, device, device_id, num_threads or utils.num_cores()
+    session = _current_session(*args)
+    if session is None:
+        with FileLock(str(folder / ".onnx.lock")):
+            session = _current_session(*args)  # another process may have made it meanwhile
+            if session is None:
+                make_onnx(prefix, precision)
+                session = _current_session(*args)
+    return session
+
+
+def _current_session(path, info, device, device_id, num_threads):
+    """The session of an ONNX file; None if it is missing or was made from other weights."""
+    if not path.exists():
+        return None
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = num_threads
+    options.log_severity_level = 3  # errors: the rest are notes on nodes that need no attention
+    providers = ["CPUExecutionProvider"]
+    if device == "gpu":
+        providers = [("CUDAExecutionProvider", {"device_id": device_id}), *providers]
+    try:
+        session = ort.InferenceSession(str(path), options, providers=providers)
+    except Exception as error:  # its exceptions share no base class
+        if device == "gpu" and "CUDA" in str(error):
+            raise _no_cuda(str(error).splitlines()[0]) from error
+        raise _unreadable(path, error) from error
+    if device == "gpu" and "CUDAExecutionProvider" not in session.get_providers():
+        raise _no_cuda("its libraries cannot be loaded")  # ONNX Runtime would go on with the CPU
+    meta = session.get_modelmeta().custom_metadata_map
+    if meta.get("model_sha256") != info.model_sha256:
+        return None
+    classes = session.get_outputs()[0].shape[-1]
+    if [i.name for i in session.get_inputs()] != INPUTS or classes != len(info.labels):
+        raise UserError(
+            f"{path}: {classes} classes, config.json names {len(info.labels)} labels; export again"
+        )
+    return session
+
+
+def _no_cuda(why):
+    return UserError(
+        f"--device gpu: ONNX Runtime's CUDA provider is not usable ({why}); use --device cpu, or "
+        "install onnxruntime-gpu in place of onnxruntime, with the CUDA and cuDNN it was built for"
+    )
+
+
+def check_device(device):
+    """Raises UserError early, before any file is read or made, if there is no CUDA provider."""
+    if device == "gpu" and "CUDAExecutionProvider" not in ort.get_available_providers():
+        raise _no_cuda("this build has none")
+
+
+def onnx_forward(session):
+    """Forward of an ONNX Runtime session; see utils.run_batches."""
+
+    def forward(input_ids, token_type_ids):
+        return session.run(None, {"input_ids": input_ids, "token_type_ids": token_type_ids})[0]
+
+    return forward
+
+
+class Predictor:
+    """Texts to labels with the ONNX model of a bundle.
+
+    model_path_prefix: the static graph's path without its suffix, e.g. export/float32.
+    precision: fp32, int8 (CPU) or fp16 (GPU). max_seq_length and tokenizer_path (a folder with
+    vocab.txt) come from the bundle unless given. Raises UserError for a broken bundle.
+    """
+
+    def __init__(
+        self,
+        model_path_prefix,
+        device="cpu",
+        precision="fp32",
+        device_id=0,
+        num_threads=None,
+        batch_size=32,
+        max_seq_length=None,
+        tokenizer_path=None,
+    ):
+        folder = Path(model_path_prefix).parent
+        check_device(device)
+        self.info = utils.read_model_info(folder)
+        self.max_seq_length = max_seq_length or self.info.max_seq_length
+        utils.check_length(self.max_seq_length, self.info.max_position)
+        self.tokenizer = utils.load_tokenizer(tokenizer_path or folder)
+        self.batch_size = batch_size
+        logger.info(">>> [InferBackend] Creating Engine ...")
+        logger.info(">>> [InferBackend] Use %s to inference ...", device.upper())
+        if precision != "fp32":
+            logger.info(">>> [InferBackend] Use %s to inference ...", precision.upper())
+        session = open_session(model_path_prefix, precision, device, device_id, num_threads)
+        self.forward = onnx_forward(session)
+        logger.info(">>> [InferBackend] Engine Created ...")
+
+    def encode(self, texts):
+        """Token ids; returns (list of arrays, number of texts that were cut)."""
+        return utils.encode(texts, self.tokenizer, self.max_seq_length)
+
+    def decode(self, logits):
+        """Logits [texts, classes] to (label names per text, probabilities [texts, classes])."""
+        probs = metric.probabilities(logits)
+        decisions = metric.decode(probs, self.info.thresholds)
+        return metric.label_names(decisions, self.info.labels), probs
+
+    def predict(self, texts):
+        """(label names per text, probabilities [texts, classes]), in the order of the texts."""
+        encoded, _ = self.encode(texts)
+        num_labels = len(self.info.labels)
+        return self.decode(utils.logits_of(self.forward, encoded, self.batch_size, num_labels))

@@ -1,0 +1,114 @@
+"""export_model.py: what is in a bundle, that it equals the trained model, what is refused."""
+
+import json
+import shutil
+
+import numpy as np
+import paddle.inference
+import predictor
+import pytest
+from conftest import SAMPLE
+
+import export_model
+import metric
+import utils
+
+FILES = {
+    "config.json",
+    "float32.pdiparams",
+    "float32.pdiparams.info",
+    "float32.pdmodel",
+    "tokenizer_config.json",
+    "vocab.txt",
+}
+
+
+def test_files_and_names(bundle, checkpoint):
+    assert {p.name for p in bundle.iterdir()} == {*FILES, "model.onnx"}
+    info, trained = utils.read_model_info(bundle), utils.read_model_info(checkpoint)
+    assert (info.labels, info.max_seq_length) == (trained.labels, trained.max_seq_length)
+    assert (bundle / "vocab.txt").read_bytes() == (checkpoint / "vocab.txt").read_bytes()
+    prefix = bundle / "float32"
+    config = paddle.inference.Config(f"{prefix}.pdmodel", f"{prefix}.pdiparams")
+    config.disable_glog_info()
+    static = paddle.inference.create_predictor(config)
+    assert static.get_input_names() == ["input_ids", "token_type_ids"]
+    assert static.get_output_names() == ["logits"]
+    session = predictor.open_session(prefix)
+    assert [i.name for i in session.get_inputs()] == ["input_ids", "token_type_ids"]
+    assert [o.name for o in session.get_outputs()] == ["logits"]
+
+
+def test_bundle_onnx_and_model_agree_on_the_dev_set(bundle, checkpoint):
+    texts, _ = utils.read_examples(SAMPLE / "dev.txt", utils.read_labels(SAMPLE / "label.txt"))
+    model, info = export_model.load_checkpoint(checkpoint)
+    encoded, _ = utils.encode(texts, utils.load_tokenizer(bundle), info.max_seq_length)
+    forwards = [
+        export_model.dygraph_forward(model),
+        export_model.static_forward(bundle / "float32"),
+        predictor.onnx_forward(predictor.open_session(bundle / "float32")),
+    ]
+    trained, *others = (utils.logits_of(forward, encoded, 32, 20) for forward in forwards)
+    decisions = metric.decode(metric.probabilities(trained))
+    assert decisions.any(axis=1).mean() > 0.5
+    for logits in others:
+        np.testing.assert_allclose(logits, trained, rtol=0, atol=1e-4)
+        assert np.array_equal(metric.decode(metric.probabilities(logits)), decisions)
+
+
+def test_tuned_thresholds_travel(checkpoint, tmp_path):
+    tuned = tmp_path / "tuned"
+    shutil.copytree(checkpoint, tuned)
+    thresholds = [0.3 + 0.01 * i for i in range(20)]
+    config = utils.read_json(tuned / "config.json")
+    (tuned / "config.json").write_text(json.dumps({**config, "thresholds": thresholds}))
+    export_model.main(["--params_path", str(tuned), "--output_path", str(tmp_path / "export")])
+    assert utils.read_model_info(tmp_path / "export").thresholds == thresholds
+
+
+def test_export_that_differs_leaves_nothing(checkpoint, tmp_path, run_cli, monkeypatch):
+    def wrong(prefix, right=export_model.static_forward):
+        forward = right(prefix)
+        return lambda **batch: forward(**batch) + 2e-4
+
+    monkeypatch.setattr(export_model, "static_forward", wrong)
+    args = ["--params_path", checkpoint, "--output_path", tmp_path / "export"]
+    status, err = run_cli(export_model.main, args)
+    assert status == 2 and "error: the logits of the static graph differ by 2.0" in err
+    assert not (tmp_path / "export").exists()
+
+
+def test_failed_export_keeps_the_old_bundle(checkpoint, tmp_path, run_cli, monkeypatch):
+    args = ["--params_path", checkpoint, "--output_path", tmp_path / "export"]
+    assert run_cli(export_model.main, args)[0] == 0
+    before = {p.name: p.read_bytes() for p in (tmp_path / "export").iterdir()}
+    monkeypatch.setattr(export_model, "MAX_DIFFERENCE", -1.0)
+    assert run_cli(export_model.main, args)[0] == 2
+    assert {p.name: p.read_bytes() for p in (tmp_path / "export").iterdir()} == before
+
+
+def test_new_export_removes_onnx_files_of_the_old_weights(bundle, checkpoint, tmp_path):
+    target = tmp_path / "export"
+    shutil.copytree(bundle, target)
+    (target / "int8_model.onnx").write_bytes(b"old")
+    export_model.main(["--params_path", str(checkpoint), "--output_path", str(target)])
+    assert {p.name for p in target.iterdir()} == FILES
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--params_path", "no/such"], "no/such: no such folder; give the folder that train.py"),
+        (["--check_file", "none.txt"], "none.txt: No such file or directory; check the path"),
+        (["--output_path", "CHECKPOINT"], "is the checkpoint itself; give another folder"),
+        (["--output_path", "FILE"], "cannot write"),
+    ],
+)
+def test_bad_flags(checkpoint, tmp_path, run_cli, flags, message):
+    (tmp_path / "file").write_text("x")
+    names = {"CHECKPOINT": checkpoint, "FILE": tmp_path / "file"}
+    flags = [names.get(flag, flag) for flag in flags]
+    defaults = ["--params_path", checkpoint, "--output_path", tmp_path / "export"]
+    status, err = run_cli(export_model.main, [*defaults, *flags])
+    assert status == 2 and message in err and "Traceback" not in err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file"]
