@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ from utils import CONFIG_FILE, WEIGHTS_FILE, UserError, load_weights, logger, re
 MODEL_CLASSES = {"ernie": "Ernie", "bert": "Bert"}  # model_type: prefix of PaddleNLP's classes
 PREFIX = "float32"  # name of the static graph's files in a bundle
 MAX_DIFFERENCE = 1e-4  # of a logit, between the trained model and what is exported
-CHECK_TEXTS = 64
+CHECK_TEXTS, CHECK_BATCH = 64, 16
 REPO = Path(__file__).resolve().parent
 paddlenlp_logger.set_level("WARNING")  # its notes on every file drown the log lines that matter
 
@@ -134,9 +135,29 @@ def build_model(folder, num_labels):
     try:
         # An absolute path keeps PaddleNLP from taking a folder for a name to download.
         config = config_class.from_pretrained(os.path.abspath(folder), num_labels=num_labels)
-        return model_class(config)
+        model = model_class(config)
+        if width_mult := read_json(path).get("width_mult"):  # written by prune.py
+            cut_model(model, Fraction(width_mult))
+        return model
     except (AssertionError, TypeError, ValueError) as error:
         raise UserError(f"{path}: no valid model description ({error})") from error
+
+
+def cut_model(model, width_mult):
+    """Makes a model of full width narrower in place; the new layers hold no trained weights.
+
+    Attention keeps `width_mult` of its heads, the feed-forward layer of its neurons (rounded down).
+    """
+    for layer in model.base_model.encoder.layers:
+        attention = layer.self_attn
+        attention.num_heads = int(attention.num_heads * width_mult)
+        hidden, heads = attention.embed_dim, attention.num_heads * attention.head_dim
+        inner = int(layer.linear1.weight.shape[1] * width_mult)
+        for name in ("q_proj", "k_proj", "v_proj"):
+            setattr(attention, name, paddle.nn.Linear(hidden, heads))
+        attention.out_proj = paddle.nn.Linear(heads, hidden)
+        layer.linear1 = paddle.nn.Linear(hidden, inner)
+        layer.linear2 = paddle.nn.Linear(inner, hidden)
 
 
 def set_weights(model, weights, where):
@@ -185,14 +206,32 @@ def name_output(path):
     path.write_bytes(program.serialize_to_string())
 
 
-def write_bundle(params_path, folder):
-    """What inference needs beside the static graph: tokenizer, labels, length, thresholds."""
-    utils.copy_tokenizer(params_path, folder)
-    config = read_json(Path(params_path) / CONFIG_FILE)
+def write_bundle(folder, model, config, tokenizer_dir, encoded):
+    """Writes the static graph and what inference needs beside it: tokenizer, labels, length.
+
+    config: what config.json shall hold. The graph's logits for `encoded` texts must be the model's;
+    these are returned. Raises UserError if they differ.
+    """
+    num_labels = len(config["id2label"])
+    # Before static_forward, which takes the threads away.
+    expected = utils.logits_of(dygraph_forward(model), encoded, CHECK_BATCH, num_labels)
+    save_static(model, folder / PREFIX)
+    utils.copy_tokenizer(tokenizer_dir, folder)
     files = (folder / f"{PREFIX}{suffix}" for suffix in (".pdmodel", ".pdiparams"))
-    config["model_sha256"] = utils.sha256(*files)  # binds config.json and ONNX files to the weights
-    text = json.dumps(config, ensure_ascii=False, indent=2) + "\n"
-    (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
+    # Binds config.json and the ONNX files to these weights.
+    text = json.dumps(
+        {**config, "model_sha256": utils.sha256(*files)}, ensure_ascii=False, indent=2
+    )
+    (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+    check_difference("static graph", static_forward(folder / PREFIX), encoded, expected)
+    return expected
+
+
+def remove_old_onnx(target, made):
+    """Removes the ONNX files of the weights that were in the folder before."""
+    for name in utils.ONNX_FILES.values():
+        if name not in made:
+            (target / name).unlink(missing_ok=True)
 
 
 def check_texts(path):
@@ -202,7 +241,9 @@ def check_texts(path):
     return [*texts, joined * (1 + 2048 // max(1, len(joined))), ""]
 
 
-def check_difference(name, logits, expected):
+def check_difference(name, forward, encoded, expected):
+    """Raises UserError if the forward's logits are not the expected ones [texts, classes]."""
+    logits = utils.logits_of(forward, encoded, CHECK_BATCH, expected.shape[1])
     difference = float(np.abs(logits - expected).max())
     texts = f"on {len(expected)} texts"
     if not difference <= MAX_DIFFERENCE:  # also when it is nan
@@ -220,26 +261,18 @@ def main(argv=None):
         raise UserError(f"--output_path {target} is the checkpoint itself; give another folder")
     tokenizer = utils.load_tokenizer(source)
     encoded, _ = utils.encode(check_texts(args.check_file), tokenizer, info.max_seq_length)
-
-    def logits_of(forward):
-        return utils.logits_of(forward, encoded, 16, len(info.labels))
-
-    expected = logits_of(dygraph_forward(model))  # first: static_forward takes the threads away
+    config = read_json(source / CONFIG_FILE)
     with utils.atomic_folder(target, last=f"{PREFIX}.pdiparams") as folder:
-        save_static(model, folder / PREFIX)
-        write_bundle(source, folder)
-        check_difference("static graph", logits_of(static_forward(folder / PREFIX)), expected)
+        expected = write_bundle(folder, model, config, source, encoded)
         if args.onnx:
             sys.path.insert(0, str(REPO / "deploy" / "predictor"))
             import predictor
 
             predictor.make_onnx(folder / PREFIX, "fp32")
-            session = predictor.open_session(folder / PREFIX)
-            check_difference("ONNX model", logits_of(predictor.onnx_forward(session)), expected)
+            forward = predictor.onnx_forward(predictor.open_session(folder / PREFIX))
+            check_difference("ONNX model", forward, encoded, expected)
         made = {file.name for file in folder.iterdir()}
-    for name in utils.ONNX_FILES.values():
-        if name not in made:
-            (target / name).unlink(missing_ok=True)  # of the weights that were here before
+    remove_old_onnx(target, made)
     logger.info("Exported to %s: %s", target, ", ".join(sorted(made)))
 
 

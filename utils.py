@@ -565,6 +565,7 @@ def atomic_folder(path, last=WEIGHTS_FILE):
         changed = [file for file in files if not _same_content(file, path / file.name)]
         kept = f"the new files are in {temporary}"
         if len(changed) > 1:
+            changed = [file for file in files if file in changed or file.name == last]
             (path / last).unlink(missing_ok=True)
         for file in changed:
             os.replace(file, path / file.name)

@@ -321,6 +321,13 @@ def test_replacing_a_model_folder(tmp_path, monkeypatch, changed):
     assert set(seen) == ({None} if changed else {"old"})
 
 
+def test_two_new_files_beside_unchanged_weights(tmp_path):
+    write_folder(tmp_path / "model", **OLD)
+    new = {**OLD, "config.json": "d", "vocab.txt": "w"}
+    write_folder(tmp_path / "model", **new)
+    assert content_of(tmp_path / "model") == new
+
+
 @pytest.mark.parametrize("fault", ["exception", "fsync"])
 @pytest.mark.parametrize("exists", [True, False])
 def test_old_folder_stays_when_writing_fails(tmp_path, monkeypatch, fault, exists):

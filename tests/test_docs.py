@@ -4,23 +4,30 @@ import importlib
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 
+import infer
 import pytest
 from conftest import REPO
 
+import export_model
 import predict
 import train
 import utils
 
 READMES = ["README.md", "README_en.md"]
-# The script in a command, its module, what it must leave behind.
+DEPLOY = "deploy/predictor/README.md"
+# The script in a command, its module, what it must leave behind (None: it prints).
 SCRIPTS = {
     "train.py": ("train", "checkpoint/config.json"),
     "predict.py": ("predict", "output.txt"),
     "evaluate.py": ("evaluate", "bad_case.txt"),
     "data/init_model.py": ("init_model", "random_ernie/config.json"),
+    "export_model.py": ("export_model", "export/config.json"),
+    "deploy/predictor/infer.py": ("infer", None),
+    "benchmarks/onnx_speed.py": ("onnx_speed", None),
 }
 
 
@@ -44,20 +51,25 @@ def smaller(argv, paths):
 
 
 def python_commands():
-    for readme in READMES:
+    for readme in [*READMES, DEPLOY]:
         for command in commands(readme):
             if command[0] == "python" and "-m" not in command:
                 yield pytest.param(command, id=f"{readme}-{command[1]}")
 
 
 @pytest.mark.parametrize("command", python_commands())
-def test_readme_command(command, small_data, tiny_model, checkpoint, tmp_path, monkeypatch):
+def test_readme_command(
+    command, small_data, tiny_model, checkpoint, bundle, tmp_path, monkeypatch, capsys
+):
     paths = {"--dataset_dir": small_data, "--model_name": tiny_model, "--params_path": checkpoint}
     paths["--save_dir"] = tmp_path / "checkpoint"
+    paths["--model_path_prefix"] = shutil.copytree(bundle, tmp_path / "bundle") / "float32"
     monkeypatch.chdir(tmp_path)
     module, made = SCRIPTS[command[1]]
     importlib.import_module(module).main(smaller(command[2:], paths))
-    assert (tmp_path / made).exists()
+    if "--output_file" in command:
+        made = "output.txt"
+    assert (tmp_path / made).exists() if made else capsys.readouterr().out
 
 
 def test_every_readme_has_the_same_commands():
@@ -75,25 +87,29 @@ def test_launch_command(small_data, tiny_model, tmp_path):
     assert utils.read_model_info(tmp_path / "checkpoint").labels
 
 
-@pytest.mark.parametrize("module", [train, predict])
-def test_help_names_every_flag_of_the_readme(module, capsys):
+@pytest.mark.parametrize(
+    "module, readme",
+    [(train, "README.md"), (predict, "README.md"), (export_model, "README.md"), (infer, DEPLOY)],
+)
+def test_help_names_every_flag_of_the_readme(module, readme, capsys):
     with pytest.raises(SystemExit):
         module.parse_args(["--help"])
     shown = capsys.readouterr().out
     flags = set(re.findall(r"^  --(\w+)", shown, re.M))
-    text = (REPO / "README.md").read_text(encoding="utf-8")
+    text = (REPO / readme).read_text(encoding="utf-8")
     assert {flag for flag in flags if f"`{flag}`" not in text} == set()
     # Every help text ends in the default.
     assert shown.count("(default:") == len(flags)
 
 
-@pytest.mark.parametrize("readme", READMES)
+@pytest.mark.parametrize("readme", [*READMES, DEPLOY])
 def test_links(readme):
     text = (REPO / readme).read_text(encoding="utf-8")
     headings = re.findall(r"^#+ (.+)$", text, re.M)
     anchors = {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
+    folder = (REPO / readme).parent
     for target in re.findall(r"\]\(([^)]+)\)", text):
-        known = target[1:] in anchors if target.startswith("#") else (REPO / target).exists()
+        known = target[1:] in anchors if target.startswith("#") else (folder / target).exists()
         assert known, target
 
 
