@@ -26,6 +26,7 @@ SCRIPTS = {
     "evaluate.py": ("evaluate", "bad_case.txt"),
     "data/init_model.py": ("init_model", "random_ernie/config.json"),
     "export_model.py": ("export_model", "export/config.json"),
+    "prune.py": ("prune", "prune/0.5/config.json"),
     "deploy/predictor/infer.py": ("infer", None),
     "benchmarks/onnx_speed.py": ("onnx_speed", None),
 }
@@ -63,6 +64,7 @@ def test_readme_command(
 ):
     paths = {"--dataset_dir": small_data, "--model_name": tiny_model, "--params_path": checkpoint}
     paths["--save_dir"] = tmp_path / "checkpoint"
+    paths |= {"--params_dir": checkpoint, "--num_train_epochs": 1, "--width_mult": "1/2"}
     paths["--model_path_prefix"] = shutil.copytree(bundle, tmp_path / "bundle") / "float32"
     monkeypatch.chdir(tmp_path)
     module, made = SCRIPTS[command[1]]

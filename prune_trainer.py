@@ -1,0 +1,324 @@
+"""Width pruning as in DynaBERT (Hou et al. 2020, "DynaBERT: Dynamic BERT with Adaptive Width and
+Depth", section 2.1), for multi-label classification.
+
+    importance -> reorder -> supernet at the wanted width -> distillation -> cut and export
+
+The teacher is the fine-tuned model itself. Reordering puts the most important heads and neurons
+first and changes no output; a width keeps the first ones.
+"""
+
+import zlib  # noqa: F401  libpaddle exports zlib symbols of its own; loaded after it, zlib crashes
+import copy
+import math
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import paddle
+import paddle.distributed as dist
+import paddle.nn.functional as F
+from paddleslim.nas.ofa import OFA
+from paddleslim.nas.ofa.convert_super import Convert, supernet
+from paddleslim.nas.ofa.layers import SuperLayerNorm
+
+import export_model
+import utils
+from predict import all_reduce
+from train import evaluate, make_optimizer, merit
+from utils import UserError, logger
+
+IMPORTANCE_TEXTS = 2048  # of the training set
+LAMBDA_HIDDEN = 0.1  # weight of the hidden states' distance
+
+
+# ---------------------------------------------------------------------------------- importance
+def weight_importance(model, examples, num_labels, batch_size):
+    """How much the loss would change if a head or a neuron were left out, to first order.
+
+    examples: (token ids, label ids). Returns (heads [layers, heads], neurons [layers, inner]).
+    A head h is masked by multiplying its rows of the output projection W with m_h = 1, so that
+    d loss / d m_h = sum of W * d loss / d W over these rows: no mask has to run through the model.
+    The same holds for a neuron's column of linear1 (with its bias) and its row of linear2.
+    """
+    model.eval()
+    layers = model.base_model.encoder.layers
+    heads = np.zeros((len(layers), layers[0].self_attn.num_heads))
+    neurons = np.zeros((len(layers), layers[0].linear1.weight.shape[1]))
+
+    def taylor(parameter):
+        return (parameter * parameter.grad).numpy().astype(np.float64)
+
+    plan = utils.batches([len(ids) for ids in examples[0]], batch_size)
+    for index in plan[dist.get_rank() :: dist.get_world_size()]:
+        batch, targets = make_batch(examples, index, num_labels)
+        F.binary_cross_entropy_with_logits(model(**batch), targets).backward()
+        for i, layer in enumerate(layers):
+            rows = taylor(layer.self_attn.out_proj.weight).sum(axis=1)
+            heads[i] += np.abs(rows.reshape(heads.shape[1], -1).sum(axis=1))
+            inner = taylor(layer.linear1.weight).sum(axis=0) + taylor(layer.linear1.bias)
+            neurons[i] += np.abs(inner) + np.abs(taylor(layer.linear2.weight).sum(axis=1))
+        model.clear_gradients()
+    return all_reduce(heads), all_reduce(neurons)
+
+
+def reorder(model, heads, neurons):
+    """Sorts heads and neurons by falling importance; what the model computes stays the same."""
+    for layer, head_scores, neuron_scores in zip(model.base_model.encoder.layers, heads, neurons):
+        attention = layer.self_attn
+        order = np.argsort(-head_scores, kind="stable")
+        columns = order[:, None] * attention.head_dim + np.arange(attention.head_dim)
+        for linear in (attention.q_proj, attention.k_proj, attention.v_proj):
+            take(linear.weight, columns.ravel(), axis=1)
+            take(linear.bias, columns.ravel(), axis=0)
+        take(attention.out_proj.weight, columns.ravel(), axis=0)
+        order = np.argsort(-neuron_scores, kind="stable")
+        take(layer.linear1.weight, order, axis=1)
+        take(layer.linear1.bias, order, axis=0)
+        take(layer.linear2.weight, order, axis=0)
+
+
+def take(parameter, order, axis):
+    parameter.set_value(np.take(parameter.numpy(), order, axis=axis))
+
+
+# ------------------------------------------------------------------------------------ supernet
+def layer_norm(layer, x):
+    """In place of SuperLayerNorm.forward, which unpacks three results where Paddle returns one."""
+    return F.layer_norm(x, x.shape[-1], layer.weight, layer.bias, layer._epsilon)
+
+
+class Supernet:
+    """PaddleSlim's OFA around a copy of the model; only the encoder's linear layers are elastic."""
+
+    def __init__(self, model, width_mult):
+        SuperLayerNorm.forward = layer_norm
+        self.model = copy.deepcopy(model)
+        weights = {name: value.numpy() for name, value in model.state_dict().items()}
+        encoder = self.model.base_model.encoder
+        Convert(supernet(expand_ratio=[1.0])).convert(encoder)
+        for name, parameter in self.model.named_parameters():
+            parameter.set_value(weights[name.replace(".fn.", ".")])
+        self.ofa = OFA(self.model, elastic_order=["width"])
+        self.ofa.set_task("width")
+        self.ofa.set_net_config(self._net_config(encoder, width_mult))
+        for layer in encoder.layers:
+            layer.self_attn.num_heads = int(layer.self_attn.num_heads * width_mult)
+
+    def _net_config(self, encoder, width_mult):
+        """{layer: {"expand_ratio"}} for the layers whose outputs are heads or neurons."""
+        heads = encoder.layers[0].self_attn.num_heads
+        config = {}
+        for name, choices in self.ofa.ofa_layers.items():
+            config[name] = {"expand_ratio": 1.0} if "expand_ratio" in choices else {}
+            part = name.split(".")[-1]
+            if part in ("q_proj", "k_proj", "v_proj", "linear1"):
+                outputs = dict(self.model.named_sublayers())[name].fn.weight.shape[1]
+                unit = outputs if part == "linear1" else heads
+                # Half a unit more, because PaddleSlim rounds the product down in floating point.
+                kept = int(unit * width_mult) * (outputs // unit)
+                config[name] = {"expand_ratio": (kept + 0.5) / outputs}
+        return config
+
+    def __call__(self, **batch):
+        return self.ofa(**batch)
+
+    def weights(self):
+        """{parameter name of the plain model: float32 array}, of full width."""
+        return {k.replace(".fn.", "."): v.numpy() for k, v in self.model.state_dict().items()}
+
+
+def cut(weights, params_path, num_labels, width_mult):
+    """The narrow model with the first heads and neurons of full-width `weights`, in eval mode."""
+    model = export_model.build_model(params_path, num_labels)
+    export_model.cut_model(model, width_mult)
+    shapes = {name: value.shape for name, value in model.state_dict().items()}
+    kept = {name: weights[name][tuple(map(slice, shape))] for name, shape in shapes.items()}
+    export_model.set_weights(model, kept, "the supernet")
+    model.eval()
+    return model
+
+
+# --------------------------------------------------------------------------------- distillation
+class HiddenStates:
+    """Collects the outputs of the embeddings and of every encoder layer during a forward pass."""
+
+    def __init__(self, model):
+        self.outputs = []
+        base = model.base_model
+        for layer in (base.embeddings, *base.encoder.layers):
+            layer.register_forward_post_hook(lambda _layer, _inputs, out: self.outputs.append(out))
+
+    def pop(self):
+        outputs, self.outputs[:] = list(self.outputs), []
+        return outputs
+
+
+def logits_loss(student, teacher, kind):
+    """Cross-entropy between the teacher's and the student's predictions, mean over the texts.
+
+    kind "sigmoid": every label is a yes-or-no question of its own. "softmax": the labels compete,
+    as in DynaBERT and in the original application.
+    """
+    if kind == "softmax":
+        return -(F.softmax(teacher) * F.log_softmax(student)).sum(axis=-1).mean()
+    return bce(student, F.sigmoid(teacher))
+
+
+def bce(logits, targets):
+    """Binary cross-entropy, summed over the labels, mean over the texts."""
+    loss = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+    return loss.sum(axis=-1).mean()
+
+
+def make_batch(examples, index, num_labels):
+    """(model inputs, 0/1 targets [batch, classes]) as tensors."""
+    batch = utils.pad([examples[0][i] for i in index])
+    targets = utils.multi_hot([examples[1][i] for i in index], num_labels)
+    return {k: paddle.to_tensor(v) for k, v in batch.items()}, paddle.to_tensor(targets)
+
+
+def average_gradients(parameters):
+    """Mean over all ranks, in place."""
+    for parameter in parameters if dist.get_world_size() > 1 else []:
+        if parameter.grad is not None:
+            parameter.grad.set_value(parameter.grad / dist.get_world_size())
+            dist.all_reduce(parameter.grad)
+
+
+def log_evaluation(name, result, seconds):
+    logger.info(
+        "%s, eval loss: %.5f, micro f1 score: %.5f, macro f1 score: %.5f", name, *result.values()
+    )
+    logger.info("eval done total : %s s", seconds)
+
+
+# -------------------------------------------------------------------------------------- training
+class Pruner:
+    """One teacher, any number of widths; each starts from the teacher, none shrinks the next.
+
+    args: TrainingArguments, DataArguments and ModelArguments of prune.py in one namespace.
+    examples, dev_examples: (token ids, label ids) of the texts.
+    """
+
+    def __init__(self, args, teacher, labels, examples, dev_examples):
+        self.args, self.teacher, self.labels = args, teacher, labels
+        self.examples, self.dev_examples = examples, dev_examples
+        self.num_labels = len(labels)
+        start = time.time()
+        result = self.evaluate(teacher)
+        log_evaluation("teacher model", result, time.time() - start)
+        rng = np.random.default_rng(args.seed)
+        some = rng.permutation(len(examples[0]))[:IMPORTANCE_TEXTS]
+        chosen = tuple([part[i] for i in some] for part in examples)
+        batch_size = args.per_device_eval_batch_size
+        scores = weight_importance(teacher, chosen, self.num_labels, batch_size)
+        reorder(teacher, *scores)
+        self.teacher_states = HiddenStates(teacher)
+
+    def evaluate(self, model):
+        batch_size = self.args.per_device_eval_batch_size
+        result = evaluate(model, *self.dev_examples, self.num_labels, batch_size)
+        model.eval()
+        return result
+
+    def prune(self, width_mult):
+        """Distils a student of this width; leaves the best one in its folder, returns its figures.
+
+        width_mult: fractions.Fraction. Raises UserError if the loss is not finite.
+        """
+        args, world_size = self.args, dist.get_world_size()
+        supernet = Supernet(self.teacher, width_mult)
+        supernet.model.train()
+        states = HiddenStates(supernet.model)
+        lengths = [len(ids) for ids in self.examples[0]]
+        batch_size = args.per_device_train_batch_size
+        steps_per_epoch = -(-(-(-len(lengths) // batch_size)) // world_size)
+        total_steps = math.ceil(args.num_train_epochs * steps_per_epoch)
+        total_steps = args.max_steps if args.max_steps > 0 else total_steps
+        warmup_steps = args.warmup_steps or math.ceil(args.warmup_ratio * total_steps)
+        settings = SimpleNamespace(warmup=True, warmup_steps=warmup_steps)
+        for name in ("learning_rate", "max_grad_norm", "weight_decay"):
+            setattr(settings, name, getattr(args, name))
+        optimizer, schedule = make_optimizer(settings, supernet.model, total_steps)
+        best, step, since = None, 0, time.time()
+        logger.info("DynaBERT training starts. This period will cost some time.")
+        while step < total_steps:
+            epoch = step // steps_per_epoch
+            rng = np.random.default_rng([args.seed, epoch])
+            plan = utils.batches(lengths, batch_size, rng, group=world_size)
+            for batch_number, index in enumerate(plan[dist.get_rank() :: world_size]):
+                place = (args.seed, step, dist.get_rank())
+                paddle.seed(int(np.random.SeedSequence(place).generate_state(1)[0]))
+                loss = self.train_step(supernet, states, optimizer, index)
+                schedule.step()
+                step += 1
+                if step % args.logging_steps == 0:
+                    speed = args.logging_steps / (time.time() - since)
+                    logger.info(
+                        "global step %d, epoch: %d, batch: %d, loss: %f, speed: %.2f step/s",
+                        *(step, epoch, batch_number, loss, speed),
+                    )
+                    since = time.time()
+                last = step == total_steps
+                if step % args.save_steps == 0 or step % steps_per_epoch == 0 or last:
+                    best = self.keep_best(supernet, width_mult, best)
+                if last:
+                    break
+        width = float(width_mult)
+        logger.info("width_mult: %s, Best macro f1 score: %.4f", width, best["macro_f1"])
+        logger.info("DynaBERT training finished.")
+        return best
+
+    def train_step(self, supernet, states, optimizer, index):
+        batch, targets = make_batch(self.examples, index, self.num_labels)
+        with paddle.no_grad():
+            teacher_logits = self.teacher(**batch)
+        logits = supernet(**batch)
+        pairs = zip(states.pop(), self.teacher_states.pop())
+        hidden_loss = sum(F.mse_loss(student, teacher) for student, teacher in pairs)
+        soft = logits_loss(logits, teacher_logits, self.args.distill_loss)
+        gold = self.args.gold_weight
+        loss = LAMBDA_HIDDEN * hidden_loss + (1 - gold) * soft
+        if gold:
+            loss = loss + gold * bce(logits, targets)
+        loss.backward()
+        average_gradients(optimizer._parameter_list)
+        optimizer.step()
+        optimizer.clear_grad()
+        return float(loss)
+
+    def keep_best(self, supernet, width_mult, best):
+        """Evaluates the cut student; saves it if it is the best; returns the best figures."""
+        args, start, width = self.args, time.time(), float(width_mult)
+        student = cut(supernet.weights(), args.params_dir, self.num_labels, width_mult)
+        result = self.evaluate(student)
+        self.teacher_states.pop()
+        log_evaluation(f"width_mult: {width}", result, time.time() - start)
+        if not np.isfinite(result["loss"]):
+            raise UserError(f"dev loss is {result['loss']}: lower --learning_rate")
+        if best is not None and merit(result) <= merit(best):
+            return best
+        if dist.get_rank() == 0:
+            self.save(student, width_mult)
+        return result
+
+    def save(self, student, width_mult):
+        """Writes the student's folder: a checkpoint with cut weights, and the bundle."""
+        source = Path(self.args.params_dir)
+        target = Path(self.args.output_dir) / str(float(width_mult))
+        config = utils.read_json(source / utils.CONFIG_FILE)
+        config["width_mult"], config["thresholds"] = str(width_mult), None
+        config["max_seq_length"] = self.args.max_seq_length
+        encoded = self.dev_examples[0][: export_model.CHECK_TEXTS]
+        with utils.atomic_folder(target) as folder:
+            with open(folder / utils.WEIGHTS_FILE, "wb") as file:
+                weights = {k: v.numpy() for k, v in student.state_dict().items()}
+                utils.save_weights(file, weights)
+            export_model.write_bundle(folder, student, config, source, encoded)
+            text = (folder / utils.CONFIG_FILE).read_text(encoding="utf-8")
+            (folder / "model_config.json").write_text(text, encoding="utf-8")
+            made = {file.name for file in folder.iterdir()}
+        export_model.remove_old_onnx(target, made)
+        export_model.set_device(self.args.device)  # the static graph took the threads away
+        logger.info("Save the best student of width %s in %s", width_mult, target)

@@ -1,0 +1,308 @@
+"""prune.py: parity of the supernet and the cut model, what a run leaves behind, bad input."""
+
+import subprocess
+import sys
+from fractions import Fraction
+
+import infer
+import numpy as np
+import paddle
+import paddle.nn.functional as F
+import predictor
+import pytest
+from conftest import REPO, SAMPLE
+
+import export_model
+import metric
+import predict
+import prune
+import prune_trainer
+import utils
+
+LABELS = utils.read_labels(SAMPLE / "label.txt")
+BASE = ["--device", "cpu", "--learning_rate", "1e-3", "--logging_steps", "10"]
+FILES = {
+    "config.json",
+    "float32.pdiparams",
+    "float32.pdiparams.info",
+    "float32.pdmodel",
+    "model_config.json",
+    "model_state.pdparams",
+    "tokenizer_config.json",
+    "vocab.txt",
+}
+
+
+def argv(data, params_dir, output_dir, *extra):
+    paths = ["--dataset_dir", data, "--params_dir", params_dir, "--output_dir", output_dir]
+    return [str(a) for a in [*BASE, *paths, *extra]]
+
+
+@pytest.fixture(scope="module")
+def pruned(checkpoint, tmp_path_factory):
+    """3/4 and 1/2 of the demo's model, one epoch each."""
+    folder = tmp_path_factory.mktemp("pruned")
+    flags = ["--num_train_epochs", "1", "--width_mult", "3/4", "1/2"]
+    prune.main(argv(SAMPLE, checkpoint, folder, *flags))
+    return folder
+
+
+@pytest.fixture
+def teacher(checkpoint):
+    """(model, encoded dev texts and label ids)."""
+    model, info = export_model.load_checkpoint(checkpoint)
+    texts, label_ids = utils.read_examples(SAMPLE / "dev.txt", info.labels)
+    encoded, _ = utils.encode(texts, utils.load_tokenizer(checkpoint), info.max_seq_length)
+    return model, (encoded, label_ids)
+
+
+def logits_of(forward, encoded):
+    return utils.logits_of(forward, encoded, 32, len(LABELS))
+
+
+def supernet_forward(supernet):
+    supernet.model.eval()
+
+    def forward(**batch):
+        with paddle.no_grad():
+            return supernet(**{k: paddle.to_tensor(v) for k, v in batch.items()}).numpy()
+
+    return forward
+
+
+# --------------------------------------------------------------------------------------- parity
+def test_importance_is_the_derivative_of_a_mask(teacher):
+    """Against the difference of the loss when one head, one neuron is scaled a little."""
+    model, examples = teacher
+    index = [i for i in range(8)]
+    chosen = tuple([part[i] for i in index] for part in examples)
+    heads, neurons = prune_trainer.weight_importance(model, chosen, 20, 8)
+    assert heads.shape == (2, 4) and neurons.shape == (2, 256)
+    layer = model.base_model.encoder.layers[1]
+    head_rows, step = slice(2 * 32, 3 * 32), 1e-2
+    neuron = int(np.argmax(neurons[1]))
+
+    def loss(parameter, rows, factor):
+        original = parameter.numpy()
+        changed = original.copy()
+        changed[rows] *= factor
+        parameter.set_value(changed)
+        batch, targets = prune_trainer.make_batch(chosen, index, 20)
+        with paddle.no_grad():
+            value = float(F.binary_cross_entropy_with_logits(model(**batch), targets))
+        parameter.set_value(original)
+        return value
+
+    def slope(parameter, rows):
+        return (loss(parameter, rows, 1 + step) - loss(parameter, rows, 1 - step)) / (2 * step)
+
+    out_proj = layer.self_attn.out_proj.weight
+    assert abs(slope(out_proj, head_rows)) == pytest.approx(heads[1][2], rel=0.05, abs=1e-5)
+    # A neuron counts twice: what it is given (linear1) and what it passes on (linear2).
+    given = abs(slope(layer.linear2.weight, slice(neuron, neuron + 1)))
+    assert 0 < given < neurons[1][neuron]
+
+
+def test_reordering_changes_no_output_and_sorts(teacher):
+    model, (encoded, label_ids) = teacher
+    forward = export_model.dygraph_forward(model)
+    before = logits_of(forward, encoded)
+    scores = prune_trainer.weight_importance(model, (encoded[:64], label_ids[:64]), 20, 32)
+    weight = model.base_model.encoder.layers[0].linear2.weight
+    old = weight.numpy()
+    prune_trainer.reorder(model, *scores)
+    np.testing.assert_allclose(logits_of(forward, encoded), before, rtol=0, atol=1e-5)
+    best = int(np.argmax(scores[1][0]))
+    assert best != 0 and np.array_equal(weight.numpy()[0], old[best])
+    again = prune_trainer.weight_importance(model, (encoded[:64], label_ids[:64]), 20, 32)
+    for kind in again:
+        assert (np.diff(kind, axis=1) <= 1e-3 * kind.max()).all()
+
+
+@pytest.mark.parametrize("width", ["1", "3/4", "1/2", "1/4"])
+def test_supernet_is_the_cut_model_and_at_full_width_the_teacher(teacher, checkpoint, width):
+    model, (encoded, _) = teacher
+    width = Fraction(width)
+    expected = logits_of(export_model.dygraph_forward(model), encoded)
+    supernet = prune_trainer.Supernet(model, width)
+    found = logits_of(supernet_forward(supernet), encoded)
+    if width == 1:
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+    else:
+        assert np.abs(found - expected).max() > 0.1
+    cut = prune_trainer.cut(supernet.weights(), checkpoint, 20, width)
+    heads = {layer.self_attn.num_heads for layer in cut.base_model.encoder.layers}
+    inner = {layer.linear1.weight.shape[1] for layer in cut.base_model.encoder.layers}
+    assert (heads, inner) == ({4 * width}, {256 * width})
+    np.testing.assert_allclose(
+        logits_of(export_model.dygraph_forward(cut), encoded), found, rtol=0, atol=1e-5
+    )
+
+
+def test_losses():
+    student = paddle.to_tensor([[0.5, -1.0, 2.0]])
+    teacher = paddle.to_tensor([[3.0, -2.0, 0.0]])
+    s, t = (1 / (1 + np.exp(-x.numpy().astype(float))) for x in (student, teacher))
+    expected = -(t * np.log(s) + (1 - t) * np.log(1 - s)).sum()
+    loss = prune_trainer.logits_loss(student, teacher, "sigmoid")
+    assert float(loss) == pytest.approx(expected, rel=1e-5)
+    s, t = (np.exp(x.numpy()) / np.exp(x.numpy()).sum() for x in (student, teacher))
+    loss = prune_trainer.logits_loss(student, teacher, "softmax")
+    assert float(loss) == pytest.approx(-(t * np.log(s)).sum(), rel=1e-5)
+
+
+# --------------------------------------------------------------------------------- a finished run
+def test_files_and_accuracy(pruned, checkpoint):
+    assert {p.name for p in pruned.iterdir()} == {"0.75", "0.5"}
+    texts, label_ids = utils.read_examples(SAMPLE / "dev.txt", LABELS)
+    targets, sizes = utils.multi_hot(label_ids, 20), [checkpoint]
+    for folder, floor in ((pruned / "0.75", 0.88), (pruned / "0.5", 0.80)):
+        assert {p.name for p in folder.iterdir()} == FILES
+        assert (folder / "config.json").read_text() == (folder / "model_config.json").read_text()
+        info = utils.read_model_info(folder)
+        assert (info.labels, info.max_seq_length) == (LABELS, 128)
+        names, probs = predictor.Predictor(folder / "float32").predict(texts)
+        (folder / "model.onnx").unlink()
+        (folder / ".onnx.lock").unlink(missing_ok=True)
+        counts = metric.MultiLabelCounts(20)
+        counts.update(metric.decode(probs), targets)
+        assert counts.micro_f1 >= floor and any(names)
+        sizes.append(folder)
+    weights = [(folder / "model_state.pdparams").stat().st_size for folder in sizes]
+    assert weights[0] > 1.1 * weights[1] > 1.1 * weights[2]
+
+
+def test_cut_weights_predict_like_the_exported_graph(pruned, tmp_path):
+    """predict.py loads the dynamic weights, infer.py the static graph; export_model.py again."""
+    folder = pruned / "0.75"
+    flags = ["--device", "cpu", "--dataset_dir", SAMPLE, "--params_path", folder]
+    predict.main([str(a) for a in [*flags, "--output_file", tmp_path / "predict.txt"]])
+    export = ["--params_path", folder, "--output_path", tmp_path / "export", "--onnx"]
+    export_model.main([str(a) for a in export])
+    flags = ["--device", "cpu", "--dataset_dir", SAMPLE]
+    flags += ["--model_path_prefix", tmp_path / "export" / "float32"]
+    infer.main([str(a) for a in [*flags, "--output_file", tmp_path / "infer.txt"]])
+    assert (tmp_path / "predict.txt").read_bytes() == (tmp_path / "infer.txt").read_bytes()
+    model, info = export_model.load_checkpoint(folder)
+    texts, _ = utils.read_examples(SAMPLE / "dev.txt", LABELS)
+    encoded, _ = utils.encode(texts, utils.load_tokenizer(folder), info.max_seq_length)
+    dynamic = logits_of(export_model.dygraph_forward(model), encoded)
+    static = logits_of(export_model.static_forward(folder / "float32"), encoded)
+    np.testing.assert_allclose(static, dynamic, rtol=0, atol=1e-4)
+
+
+def test_one_width_does_not_shrink_the_next(pruned, checkpoint, tmp_path):
+    flags = ["--num_train_epochs", "1", "--width_mult", "1/2"]
+    prune.main(argv(SAMPLE, checkpoint, tmp_path, *flags))
+    alone, after = (utils.load_weights(f / "0.5/model_state.pdparams") for f in (tmp_path, pruned))
+    assert alone.keys() == after.keys()
+    assert all(np.array_equal(alone[name], after[name]) for name in alone)
+
+
+def test_log_lines(checkpoint, small_data, tmp_path, run_cli):
+    flags = ["--max_steps", "4", "--save_steps", "2", "--logging_steps", "1"]
+    flags += ["--width_mult", "3/4", "--distill_loss", "softmax", "--gold_weight", "0.5"]
+    status, err = run_cli(prune.main, argv(small_data, checkpoint, tmp_path, *flags))
+    assert status == 0, err
+    assert err.count("teacher model, eval loss: ") == 1
+    assert err.count("width_mult: 0.75, eval loss: ") == 3  # steps 2 and 4, the epoch's end
+    for line in (
+        "Pruning starts.",
+        "DynaBERT training starts. This period will cost some time.",
+        "global step 4, epoch: 1, batch: 0, loss: ",
+        "eval done total : ",
+        "width_mult: 0.75, Best macro f1 score: ",
+        "DynaBERT training finished.",
+    ):
+        assert line in err, line
+
+
+def test_best_student_is_saved_while_f1_is_0(checkpoint, small_data, tmp_path, monkeypatch):
+    monkeypatch.setattr(metric, "DEFAULT_THRESHOLD", 0.9999)
+    flags = ["--max_steps", "1", "--width_mult", "1/2"]
+    prune.main(argv(small_data, checkpoint, tmp_path, *flags))
+    assert {p.name for p in (tmp_path / "0.5").iterdir()} == FILES
+
+
+def test_launch_command(checkpoint, small_data, tmp_path):
+    launch = ["-m", "paddle.distributed.launch", "--nproc_per_node=2", "--backend=gloo"]
+    flags = ["--max_steps", "2", "--width_mult", "3/4", "1/2", "--per_device_train_batch_size", "8"]
+    args = argv(small_data, checkpoint, tmp_path / "prune", *flags)
+    command = [sys.executable, *launch, str(REPO / "prune.py"), *args]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stdout + run.stderr
+    for name in ("0.75", "0.5"):
+        assert {p.name for p in (tmp_path / "prune" / name).iterdir()} == FILES
+
+
+def test_two_processes_learn_what_one_does(checkpoint, small_data, tmp_path):
+    """Half the batch on each of two ranks, averaged, is the step of one with the whole batch."""
+    flags = ["--max_steps", "1", "--width_mult", "1/2", "--weight_decay", "0"]
+    one = [*flags, "--per_device_train_batch_size", "96"]
+    prune.main(argv(small_data, checkpoint, tmp_path / "one", *one))
+    launch = ["-m", "paddle.distributed.launch", "--nproc_per_node=2", "--backend=gloo"]
+    two = [*flags, "--per_device_train_batch_size", "48"]
+    args = argv(small_data, checkpoint, tmp_path / "two", *two)
+    command = [sys.executable, *launch, str(REPO / "prune.py"), *args]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stdout + run.stderr
+    path = "0.5/model_state.pdparams"
+    a, b = (utils.load_weights(tmp_path / name / path) for name in ("one", "two"))
+    # One step of AdamW moves a weight by the learning rate along the gradient's sign.
+    for name in a:
+        if name.endswith("weight") and "embedding" not in name:
+            same = np.isclose(a[name], b[name], rtol=0, atol=2e-4)
+            assert same.mean() > 0.95, name
+
+
+# -------------------------------------------------------------------------------------- bad input
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--width_mult", "2/3"], "does not keep a whole number of the 4 heads; widths that fit: "),
+        (["--width_mult", "2/3"], "1/4, 1/2, 3/4"),
+        (["--width_mult", "0"], "--width_mult 0: give a fraction such as 2/3"),
+        (["--width_mult", "3/2"], "--width_mult 3/2: give a fraction"),
+        (["--width_mult", "1/0"], "--width_mult 1/0: give a fraction"),
+        (["--width_mult", "__import__('os').getcwd()"], "give a fraction"),
+        (["--params_dir", "no/such"], "no/such: no such folder"),
+        (["--dataset_dir", "no/such"], "no/such/train.txt: No such file or directory"),
+        (["--device", "gpu"], "--device gpu: this PaddlePaddle cannot use it"),
+        (["--max_seq_length", "161"], "--max_seq_length 161: this model takes 3 to 160"),
+        (["--fp16", "True"], "--fp16 has no effect on pruning; leave it out"),
+        (["--no_such_flag", "1"], "not used by the PdArgumentParser: ['--no_such_flag', '1']"),
+        (["--num_train_epochs", "0"], "--num_train_epochs 0.0 is not above 0"),
+        (["--save_steps", "0"], "--save_steps 0 is not a number of at least 1"),
+        (["--gold_weight", "1.5"], "--gold_weight 1.5 is not between 0 and 1"),
+        (["--distill_loss", "mse"], "argument --distill_loss: invalid choice: 'mse'"),
+    ],
+)
+def test_bad_flags(checkpoint, small_data, tmp_path, run_cli, flags, message):
+    defaults = ["--width_mult", "1/2"]
+    args = argv(small_data, checkpoint, tmp_path / "prune", *defaults, *flags)
+    status, err = run_cli(prune.main, args)
+    assert status == 2 and message in err and "Traceback" not in err, err
+    assert not (tmp_path / "prune").exists()
+
+
+def test_flags_have_the_readme_s_defaults():
+    args = prune.parse_args(["--output_dir", "o", "--dataset_dir", "d"])
+    values = [args.per_device_train_batch_size, args.per_device_eval_batch_size, args.seed]
+    values += [args.learning_rate, args.num_train_epochs, args.logging_steps, args.save_steps]
+    assert values == [32, 32, 3, 3e-5, 10, 5, 100] and args.max_seq_length == 128
+    assert (args.device, args.params_dir) == ("gpu", "./checkpoint/")
+    assert args.width_mult == [Fraction(2, 3)]
+
+
+def test_a_pruned_model_is_not_pruned_again(pruned, small_data, tmp_path, run_cli):
+    args = argv(small_data, pruned / "0.5", tmp_path / "again", "--width_mult", "1/2")
+    status, err = run_cli(prune.main, args)
+    assert status == 2 and "pruned already; give the checkpoint of full width" in err
+
+
+def test_paddleslim_is_missing(checkpoint, small_data, tmp_path, run_cli, monkeypatch):
+    monkeypatch.delitem(sys.modules, "prune_trainer")
+    monkeypatch.setitem(sys.modules, "paddleslim.nas.ofa", None)
+    args = argv(small_data, checkpoint, tmp_path / "prune", "--width_mult", "1/2")
+    status, err = run_cli(prune.main, args)
+    assert status == 2 and "Cannot import paddleslim, please install paddleslim==2.6.0" in err
