@@ -255,14 +255,14 @@ def check_difference(name, forward, encoded, expected):
 def main(argv=None):
     args = parse_args(argv)
     source, target = Path(args.params_path), Path(args.output_path)
+    if (target / WEIGHTS_FILE).exists():
+        raise UserError(f"--output_path {target} holds a checkpoint; give another folder")
     set_device("cpu")
     model, info = load_checkpoint(source)
-    if target.exists() and target.samefile(source):
-        raise UserError(f"--output_path {target} is the checkpoint itself; give another folder")
     tokenizer = utils.load_tokenizer(source)
     encoded, _ = utils.encode(check_texts(args.check_file), tokenizer, info.max_seq_length)
     config = read_json(source / CONFIG_FILE)
-    with utils.atomic_folder(target, last=f"{PREFIX}.pdiparams") as folder:
+    with utils.atomic_folder(target) as folder:
         expected = write_bundle(folder, model, config, source, encoded)
         if args.onnx:
             sys.path.insert(0, str(REPO / "deploy" / "predictor"))

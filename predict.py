@@ -35,7 +35,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("data").add_argument
     add("--dataset_dir", required=True, help="folder of the data and label files")
     add("--data_file", default="data.txt", help="texts, one per line")
-    add("--label_file", default="label.txt", help="checked against the checkpoint if it exists")
+    add("--label_file", help="checked against the checkpoint; None: label.txt if it exists")
     add("--output_file", default="output.txt", help="result; JSON lines if it ends in .jsonl")
     add("--output_scores", action="store_true", help="also write every label's probability")
     utils.add_inference_flags(parser, "./checkpoint/")
@@ -92,7 +92,7 @@ def main(argv=None):
         dist.init_parallel_env()
     forward, info = load_forward(args.params_path, args.device)
     labels = info.labels
-    utils.check_labels(Path(args.dataset_dir) / args.label_file, labels)
+    utils.check_labels(args.dataset_dir, args.label_file, labels)
     max_seq_length = args.max_seq_length or info.max_seq_length
     utils.check_length(max_seq_length, info.max_position)
     tokenizer = utils.load_tokenizer(args.params_path)

@@ -145,7 +145,7 @@ def check_widths(widths, num_heads):
 def read_data(args, info):
     """(train, dev), each (token ids, label ids)."""
     data = Path(args.dataset_dir)
-    utils.check_labels(data / "label.txt", info.labels)
+    utils.check_labels(data, None, info.labels)
     tokenizer, sets = utils.load_tokenizer(args.params_dir), []
     for name in ("train.txt", "dev.txt"):
         texts, label_ids = utils.read_examples(data / name, info.labels)

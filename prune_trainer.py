@@ -8,6 +8,7 @@ first and changes no output; a width keeps the first ones.
 """
 
 import zlib  # noqa: F401  libpaddle exports zlib symbols of its own; loaded after it, zlib crashes
+import contextlib
 import copy
 import math
 import time
@@ -140,18 +141,21 @@ def cut(weights, params_path, num_labels, width_mult):
 
 
 # --------------------------------------------------------------------------------- distillation
-class HiddenStates:
-    """Collects the outputs of the embeddings and of every encoder layer during a forward pass."""
-
-    def __init__(self, model):
-        self.outputs = []
-        base = model.base_model
-        for layer in (base.embeddings, *base.encoder.layers):
-            layer.register_forward_post_hook(lambda _layer, _inputs, out: self.outputs.append(out))
-
-    def pop(self):
-        outputs, self.outputs[:] = list(self.outputs), []
-        return outputs
+@contextlib.contextmanager
+def hidden_states(model):
+    """`with hidden_states(model) as states`: the outputs of the embeddings and of every encoder
+    layer of the forward pass in the block are in the list `states`."""
+    states = []
+    base = model.base_model
+    hooks = [
+        layer.register_forward_post_hook(lambda _layer, _inputs, output: states.append(output))
+        for layer in (base.embeddings, *base.encoder.layers)
+    ]
+    try:
+        yield states
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def logits_loss(student, teacher, kind):
@@ -214,7 +218,6 @@ class Pruner:
         batch_size = args.per_device_eval_batch_size
         scores = weight_importance(teacher, chosen, self.num_labels, batch_size)
         reorder(teacher, *scores)
-        self.teacher_states = HiddenStates(teacher)
 
     def evaluate(self, model):
         batch_size = self.args.per_device_eval_batch_size
@@ -230,7 +233,6 @@ class Pruner:
         args, world_size = self.args, dist.get_world_size()
         supernet = Supernet(self.teacher, width_mult)
         supernet.model.train()
-        states = HiddenStates(supernet.model)
         lengths = [len(ids) for ids in self.examples[0]]
         batch_size = args.per_device_train_batch_size
         steps_per_epoch = -(-(-(-len(lengths) // batch_size)) // world_size)
@@ -250,7 +252,7 @@ class Pruner:
             for batch_number, index in enumerate(plan[dist.get_rank() :: world_size]):
                 place = (args.seed, step, dist.get_rank())
                 paddle.seed(int(np.random.SeedSequence(place).generate_state(1)[0]))
-                loss = self.train_step(supernet, states, optimizer, index)
+                loss = self.train_step(supernet, optimizer, index)
                 schedule.step()
                 step += 1
                 if step % args.logging_steps == 0:
@@ -270,13 +272,14 @@ class Pruner:
         logger.info("DynaBERT training finished.")
         return best
 
-    def train_step(self, supernet, states, optimizer, index):
+    def train_step(self, supernet, optimizer, index):
+        """One step on a batch; returns its loss."""
         batch, targets = make_batch(self.examples, index, self.num_labels)
-        with paddle.no_grad():
+        with paddle.no_grad(), hidden_states(self.teacher) as teacher_states:
             teacher_logits = self.teacher(**batch)
-        logits = supernet(**batch)
-        pairs = zip(states.pop(), self.teacher_states.pop())
-        hidden_loss = sum(F.mse_loss(student, teacher) for student, teacher in pairs)
+        with hidden_states(supernet.model) as student_states:
+            logits = supernet(**batch)
+        hidden_loss = sum(map(F.mse_loss, student_states, teacher_states))
         soft = logits_loss(logits, teacher_logits, self.args.distill_loss)
         gold = self.args.gold_weight
         loss = LAMBDA_HIDDEN * hidden_loss + (1 - gold) * soft
@@ -293,7 +296,6 @@ class Pruner:
         args, start, width = self.args, time.time(), float(width_mult)
         student = cut(supernet.weights(), args.params_dir, self.num_labels, width_mult)
         result = self.evaluate(student)
-        self.teacher_states.pop()
         log_evaluation(f"width_mult: {width}", result, time.time() - start)
         if not np.isfinite(result["loss"]):
             raise UserError(f"dev loss is {result['loss']}: lower --learning_rate")

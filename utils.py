@@ -10,6 +10,7 @@ file imports no deep-learning framework, so that a deployment can use it without
 
 import argparse
 import contextlib
+import fcntl
 import filecmp
 import hashlib
 import itertools
@@ -18,6 +19,7 @@ import logging
 import os
 import pickle
 import shutil
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +60,7 @@ if not logger.handlers:
 
 def cli(main):
     """Runs a script's `main()`; errors of the user become one message and exit status 2."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that temporary files are removed
     try:
         main()
     except UserError as error:
@@ -251,12 +254,14 @@ def multi_hot(label_ids, num_labels):
 _SYMBOLS = Regex(r"[\p{S}\u00B2\u00B5\u00BA\u00D8\u014B\u01B1\u3007]")
 
 
-def load_tokenizer(folder):
+def load_tokenizer(folder, model_folder=None):
     """The tokenizer of a model folder; gives the same token ids as PaddleNLP's, faster.
 
-    Raises UserError if vocab.txt is missing or does not fit the model.
+    model_folder: where config.json is, if not beside the tokenizer. Raises UserError if vocab.txt
+    is missing or does not fit the model.
     """
-    path, *configs = (Path(folder) / n for n in ("vocab.txt", CONFIG_FILE, "tokenizer_config.json"))
+    path = Path(folder) / "vocab.txt"
+    configs = Path(model_folder or folder) / CONFIG_FILE, Path(folder) / "tokenizer_config.json"
     lines = _Lines(path)
     vocab = {token: lines.number - 1 for token in lines}
     lines.check()
@@ -381,7 +386,7 @@ def read_json(path):
 def read_model_info(folder):
     """ModelInfo of a checkpoint or bundle; raises UserError if it is none or is broken."""
     if not Path(folder).is_dir():
-        raise UserError(f"{folder}: no such folder; give the folder that train.py wrote")
+        raise UserError(f"{folder}: no such folder; train.py or export_model.py makes one")
     path = Path(folder) / CONFIG_FILE
     config = read_json(path)
     try:
@@ -410,9 +415,13 @@ def sha256(*paths):
     return digest.hexdigest()
 
 
-def check_labels(label_file, labels):
-    """`label.txt`, where there is one, must name the model's labels in the model's order."""
-    if not Path(label_file).exists():
+def check_labels(folder, name, labels):
+    """The label file `name` in `folder` must name the model's labels in the model's order.
+
+    Without a name it is label.txt, if there is one. Raises UserError.
+    """
+    label_file = Path(folder) / (name or "label.txt")
+    if name is None and not label_file.exists():
         return
     pairs = itertools.zip_longest(read_labels(label_file), labels, fillvalue="(nothing)")
     for number, (listed, name) in enumerate(pairs, 1):
@@ -547,26 +556,30 @@ def atomic_file(path, mode="w"):
 
 
 @contextlib.contextmanager
-def atomic_folder(path, last=WEIGHTS_FILE):
+def atomic_folder(path):
     """`with atomic_folder(path) as temporary`: what the block puts there appears in `path`.
 
-    The files are written inside `path` (it may be a mount point) and then moved one by one. `last`,
-    without which no reader accepts the folder, goes first and comes back last if others change too.
+    The files are written inside `path` (it may be a mount point) and then moved one by one.
+    config.json, without which no reader accepts the folder, goes first and comes back last if
+    others change too. A second process that writes to the same folder waits for the first.
     """
     path, temporary, kept = Path(path), Path(path) / ".new.tmp", "nothing was replaced"
+    lock = None
     try:
         path.mkdir(parents=True, exist_ok=True)
+        lock = os.open(path, os.O_RDONLY)
+        fcntl.flock(lock, fcntl.LOCK_EX)
         shutil.rmtree(temporary, ignore_errors=True)  # of a killed process
         temporary.mkdir()
         yield temporary
-        files = sorted(temporary.iterdir(), key=lambda file: file.name == last)
+        files = sorted(temporary.iterdir(), key=lambda file: file.name == CONFIG_FILE)
         for file in files:
             _fsync(file)
         changed = [file for file in files if not _same_content(file, path / file.name)]
         kept = f"the new files are in {temporary}"
         if len(changed) > 1:
-            changed = [file for file in files if file in changed or file.name == last]
-            (path / last).unlink(missing_ok=True)
+            changed = [file for file in files if file in changed or file.name == CONFIG_FILE]
+            (path / CONFIG_FILE).unlink(missing_ok=True)
         for file in changed:
             os.replace(file, path / file.name)
         _fsync(path)
@@ -578,6 +591,8 @@ def atomic_folder(path, last=WEIGHTS_FILE):
             shutil.rmtree(temporary, ignore_errors=True)
             with contextlib.suppress(OSError):  # not empty, or never made
                 path.rmdir()
+        if lock is not None:
+            os.close(lock)
 
 
 def _same_content(a, b):

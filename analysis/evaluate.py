@@ -25,7 +25,7 @@ def parse_args(argv=None):
     add("--dataset_dir", required=True, help="folder of the files below")
     add("--train_file", default="train.txt", help="training set")
     add("--dev_file", default="dev.txt", help="development set")
-    add("--label_file", default="label.txt", help="checked against the checkpoint if it exists")
+    add("--label_file", help="checked against the checkpoint; None: label.txt if it exists")
     add("--skip_train", action="store_true", help="do not evaluate the training set")
     utils.add_inference_flags(parser, "../checkpoint/")
     add = parser.add_argument_group("output").add_argument
@@ -89,7 +89,7 @@ def main(argv=None):
         raise UserError("--save_thresholds needs --tune_thresholds")
     data = Path(args.dataset_dir)
     info = utils.read_model_info(args.params_path)
-    utils.check_labels(data / args.label_file, info.labels)
+    utils.check_labels(data, args.label_file, info.labels)
     max_seq_length = args.max_seq_length or info.max_seq_length
     utils.check_length(max_seq_length, info.max_position)
     files = {"train": args.train_file, "dev": args.dev_file}

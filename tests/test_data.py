@@ -6,12 +6,14 @@ import os
 import pickle
 import resource
 import stat
+import subprocess
+import sys
 
 import init_model
 import make_sample
 import numpy as np
 import pytest
-from conftest import SAMPLE
+from conftest import REPO, SAMPLE
 
 import utils
 from utils import UserError
@@ -311,21 +313,37 @@ def test_replacing_a_model_folder(tmp_path, monkeypatch, changed):
     new = {**OLD, "model_state.pdparams": "new", **changed}
 
     def watched(source, target):
-        seen.append(content_of(path).get("model_state.pdparams"))
+        seen.append(content_of(path).get("config.json"))
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", watched)
     write_folder(path, **new)
     assert content_of(path) == {**OLD_FOLDER, **new} and os.listdir(path.parent) == ["model"]
-    # Old weights beside a new config must never be seen; alone they are good to the end.
-    assert set(seen) == ({None} if changed else {"old"})
+    # A config must never be seen beside other weights; alone these are replaced in one step.
+    assert set(seen) == ({None} if changed else {"c"})
 
 
-def test_two_new_files_beside_unchanged_weights(tmp_path):
+def test_two_new_files_beside_an_unchanged_config(tmp_path):
     write_folder(tmp_path / "model", **OLD)
-    new = {**OLD, "config.json": "d", "vocab.txt": "w"}
+    new = {**OLD, "model_state.pdparams": "new", "vocab.txt": "w"}
     write_folder(tmp_path / "model", **new)
     assert content_of(tmp_path / "model") == new
+
+
+def test_a_second_writer_waits_for_the_first(tmp_path):
+    code = (
+        "import sys, utils\n"
+        "with utils.atomic_folder(sys.argv[1]) as folder:\n"
+        "    (folder / 'config.json').write_text('second')\n"
+    )
+    with utils.atomic_folder(tmp_path / "model") as folder:
+        (folder / "config.json").write_text("first")
+        second = subprocess.Popen([sys.executable, "-c", code, tmp_path / "model"], cwd=REPO)
+        with pytest.raises(subprocess.TimeoutExpired):
+            second.wait(timeout=2)
+        assert [p.name for p in folder.iterdir()] == ["config.json"]
+    assert second.wait(timeout=60) == 0
+    assert content_of(tmp_path / "model") == {"config.json": "second"}
 
 
 @pytest.mark.parametrize("fault", ["exception", "fsync"])

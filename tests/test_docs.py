@@ -29,6 +29,7 @@ SCRIPTS = {
     "prune.py": ("prune", "prune/0.5/config.json"),
     "deploy/predictor/infer.py": ("infer", None),
     "benchmarks/onnx_speed.py": ("onnx_speed", None),
+    "benchmarks/bundles.py": ("bundles", None),
 }
 
 
@@ -66,6 +67,7 @@ def test_readme_command(
     paths["--save_dir"] = tmp_path / "checkpoint"
     paths |= {"--params_dir": checkpoint, "--num_train_epochs": 1, "--width_mult": "1/2"}
     paths["--model_path_prefix"] = shutil.copytree(bundle, tmp_path / "bundle") / "float32"
+    shutil.copytree(bundle, tmp_path / "prune" / "0.6666666666666666")
     monkeypatch.chdir(tmp_path)
     module, made = SCRIPTS[command[1]]
     importlib.import_module(module).main(smaller(command[2:], paths))

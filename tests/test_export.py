@@ -1,7 +1,9 @@
 """export_model.py: what is in a bundle, that it equals the trained model, what is refused."""
 
 import json
+import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import paddle.inference
@@ -95,12 +97,38 @@ def test_new_export_removes_onnx_files_of_the_old_weights(bundle, checkpoint, tm
     assert {p.name for p in target.iterdir()} == FILES
 
 
+def test_killed_while_the_files_are_moved(checkpoint, tmp_path, monkeypatch, run_cli):
+    """After any number of moved files the folder is whole, or no reader takes it."""
+    args = ["--params_path", checkpoint, "--output_path", tmp_path / "export", "--onnx"]
+    replace, moves = os.replace, 0
+
+    def killed(source, target):
+        nonlocal moves
+        if Path(target).parent == tmp_path / "export":
+            if moves == 0:
+                raise ZeroDivisionError
+            moves -= 1
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", killed)
+    for count in (0, 3, 6):
+        moves = count
+        with pytest.raises(ZeroDivisionError):
+            export_model.main([str(a) for a in args])
+        with pytest.raises(utils.UserError, match="no such folder|config.json"):
+            predictor.Predictor(tmp_path / "export" / "float32")
+        shutil.rmtree(tmp_path / "export")
+    moves = 7
+    assert run_cli(export_model.main, args)[0] == 0
+    assert predictor.Predictor(tmp_path / "export" / "float32").predict(["婚后生育一子。"])[0]
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--params_path", "no/such"], "no/such: no such folder; give the folder that train.py"),
+        (["--params_path", "no/such"], "no/such: no such folder; train.py or export"),
         (["--check_file", "none.txt"], "none.txt: No such file or directory; check the path"),
-        (["--output_path", "CHECKPOINT"], "is the checkpoint itself; give another folder"),
+        (["--output_path", "CHECKPOINT"], "holds a checkpoint; give another folder"),
         (["--output_path", "FILE"], "cannot write"),
     ],
 )

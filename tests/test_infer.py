@@ -114,6 +114,21 @@ def test_other_length_and_other_tokenizer(bundle, tmp_path):
     assert other.encode(DEV_TEXTS[:1])[0][0][1] != plain.encode(DEV_TEXTS[:1])[0][0][1]
 
 
+def test_cut_texts_are_counted(bundle, data, tmp_path, run_cli):
+    (data / "data.txt").write_text("短\n" + "长" * 200 + "\n", encoding="utf-8")
+    _, err = run_cli(infer.main, argv(bundle, data, "--output_file", tmp_path / "o.txt"))
+    assert "1 of 2 texts (50.0%) are longer than max_seq_length 128; their tails are cut" in err
+
+
+def test_a_terminal_without_chinese(bundle, data):
+    (data / "data.txt").write_text("婚后\N{HEAVY BLACK HEART}\n", encoding="utf-8")
+    environment = {**os.environ, "PYTHONIOENCODING": "gbk"}
+    command = [sys.executable, INFER, *argv(bundle, data)]
+    run = subprocess.run(command, capture_output=True, env=environment)
+    assert run.returncode == 0, run.stderr.decode()
+    assert run.stdout.decode("gbk").startswith("input data: 婚后\\u2764\n")
+
+
 # ------------------------------------------------------------------------------------------- perf
 def test_perf_prints_f1_and_speed(bundle, data, capfd):
     infer.main(argv(bundle, data, "--perf"))
@@ -238,6 +253,21 @@ def test_killed_while_it_makes_the_file(own_bundle, data):
     assert predictor.Predictor(own_bundle / "float32").predict(["婚后生育一子。"])[0]
 
 
+def test_terminated_it_leaves_nothing(bundle, data, tmp_path):
+    process = start(argv(bundle, data, "--data_file", "/dev/stdin", "--output_file", "o.txt"),
+                    stdin=subprocess.PIPE, cwd=tmp_path)  # fmt: skip
+    process.stdin.write("婚后\n")
+    process.stdin.flush()
+    for line in process.stderr:
+        if "Engine Created" in line:
+            break
+    while not list(tmp_path.glob(".o.txt.*.tmp")):
+        time.sleep(0.05)
+    process.terminate()
+    process.communicate(timeout=60)
+    assert process.returncode == 143 and [p.name for p in tmp_path.iterdir()] == ["data"]
+
+
 def test_needs_neither_paddle_nor_packages_beyond_its_requirements(own_bundle, data):
     """With Paddle and the converter out of reach, from a bundle that holds model.onnx only."""
     for path in own_bundle.glob("float32.*"):
@@ -324,6 +354,42 @@ def test_broken_bundles(own_bundle, data, tmp_path, run_cli, break_it, message):
     assert not (tmp_path / "output.txt").exists()
 
 
+def test_a_bundle_that_cannot_be_written(own_bundle, data, run_cli):
+    (own_bundle / ".onnx.lock").mkdir()  # as for a read-only folder the lock can't be made
+    status, err = run_cli(infer.main, argv(own_bundle, data, "--use_quantize"))
+    assert status == 2 and "int8_model.onnx: Is a directory; run once where the bundle can" in err
+    assert run_cli(infer.main, argv(own_bundle, data))[0] == 0  # model.onnx is there
+
+
+def test_conversion_that_fails(own_bundle, data, run_cli, monkeypatch):
+    def full(source, path):
+        raise RuntimeError("write failed\nC++ call stack")
+
+    monkeypatch.setattr(predictor, "_quantize", full)
+    status, err = run_cli(infer.main, argv(own_bundle, data, "--use_quantize"))
+    assert status == 2 and "int8_model.onnx: RuntimeError: write failed; is there room in" in err
+    assert not (own_bundle / "int8_model.onnx").exists()
+
+
+def test_a_bundle_that_changes_while_its_file_is_made(own_bundle, data, run_cli, monkeypatch):
+    make = predictor.make_onnx
+
+    def made_then_exported_again(prefix, precision):
+        make(prefix, precision)
+        other_model(own_bundle)
+
+    monkeypatch.setattr(predictor, "make_onnx", made_then_exported_again)
+    status, err = run_cli(infer.main, argv(own_bundle, data, "--use_quantize"))
+    assert status == 2 and "changed while int8_model.onnx was made; run the command again" in err
+
+
+def test_tokenizer_with_more_tokens_than_the_model(bundle, data, tmp_path, run_cli):
+    lines = (bundle / "vocab.txt").read_text(encoding="utf-8")
+    (tmp_path / "vocab.txt").write_text(lines + "一\n二\n", encoding="utf-8")
+    status, err = run_cli(infer.main, argv(bundle, data, "--model_name_or_path", tmp_path))
+    assert status == 2 and "not its vocabulary" in err
+
+
 def test_int8_of_an_onnx_file_cut_short(own_bundle, data, run_cli):
     cut(own_bundle / "model.onnx")
     status, err = run_cli(infer.main, argv(own_bundle, data, "--use_quantize"))
@@ -362,6 +428,8 @@ def test_bad_data(bundle, data, tmp_path, run_cli, content, message):
         (["--num_threads", "0"], "0 is not a number of at least 1"),
         (["--max_seq_length", "161"], "--max_seq_length 161: this model takes 3 to 160 tokens"),
         (["--model_path_prefix", "no/float32"], "no: no such folder"),
+        (["--model_path_prefix", "BUNDLE"], "is a folder; give the prefix of its files, BUNDLE/fl"),
+        (["--label_file", "lable.txt"], "lable.txt: No such file or directory; check the path"),
         (["--model_path_prefix", "BUNDLE/flaot32"], "flaot32.pdmodel: no such file; check --mod"),
         (["--model_name_or_path", "ernie-3.0-medium-zh"], "no such folder; leave it out"),
         (["--output_scores"], "--output_scores needs --output_file"),
@@ -371,9 +439,9 @@ def test_bad_data(bundle, data, tmp_path, run_cli, content, message):
     ],
 )
 def test_bad_flags(bundle, data, run_cli, flags, message):
-    flags = [flag.replace("BUNDLE", str(bundle)) for flag in flags]
+    flags, message = ([s.replace("BUNDLE", str(bundle)) for s in x] for x in (flags, [message]))
     status, err = run_cli(infer.main, argv(bundle, data, *flags))
-    assert status == 2 and message in err and "Traceback" not in err
+    assert status == 2 and message[0] in err and "Traceback" not in err
 
 
 def test_labels_that_disagree(bundle, data, run_cli):

@@ -233,6 +233,7 @@ FAULTS = {
         [],
         "vocab.txt",
     ),
+    "named label file": (lambda f: None, ["--label_file", "lable.txt"], "lable.txt: No such file"),
     "too long": (lambda f: None, ["--max_seq_length", "161"], "takes 3 to 160 tokens"),
     "unknown device": (lambda f: None, ["--device", "tpu"], "--device tpu"),
     "missing output folder": (lambda f: None, ["--output_file", "none/o.txt"], "none/o.txt"),

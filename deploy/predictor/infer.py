@@ -8,11 +8,12 @@ Texts are streamed: memory does not grow with the file, and `--data_file /dev/st
 """
 
 import itertools
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
-from predictor import Predictor, check_device
+from predictor import Predictor, bundle_folder, check_device
 
 import metric
 import utils
@@ -38,7 +39,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("data").add_argument
     add("--dataset_dir", required=True, help="folder of the files below")
     add("--data_file", default="data.txt", help="texts to label, one per line")
-    add("--label_file", default="label.txt", help="checked against the bundle if it exists")
+    add("--label_file", help="checked against the bundle; None: label.txt if it exists")
     add("--output_file", help="write the labels there (.jsonl: JSON lines); None: print them")
     add("--output_scores", action="store_true", help="also write every label's probability")
     add("--perf", action="store_true", help="measure F1 and speed instead of labelling")
@@ -119,18 +120,28 @@ def print_perf(result, batch_size):
     print(line.format(**result, batch_size=batch_size))
 
 
-def label_file(predictor, chunks, output_file, output_scores):
+def predict(predictor, texts):
+    """Yields (texts, label names, probabilities) of one chunk after the other."""
+    total = total_cut = 0
+    for chunk in utils.chunks(texts, utils.CHUNK):
+        encoded, cut = predictor.encode(chunk)
+        total, total_cut = total + len(chunk), total_cut + cut
+        yield chunk, *predictor.decode(predictor.logits(encoded))
+    utils.warn_truncated(total_cut, total, predictor.max_seq_length)
+
+
+def write_labels(predictor, texts, output_file, output_scores):
     jsonl, labels = output_file.suffix == ".jsonl", predictor.info.labels
     with utils.atomic_file(output_file) as file:
         utils.write_header(file, labels, jsonl, output_scores)
-        for texts in chunks:
-            names, probs = predictor.predict(texts)
-            utils.write_rows(file, texts, names, labels, jsonl, probs if output_scores else None)
+        for chunk, names, probs in predict(predictor, texts):
+            utils.write_rows(file, chunk, names, labels, jsonl, probs if output_scores else None)
 
 
-def print_labels(predictor, chunks):
-    for texts in chunks:
-        for text, names in zip(texts, predictor.predict(texts)[0]):
+def print_labels(predictor, texts):
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not know every character
+    for chunk, names, _ in predict(predictor, texts):
+        for text, names in zip(chunk, names):
             print(f"input data: {text}")
             print(f"labels: {','.join(names)}")
             print("----------------------------", flush=True)
@@ -140,8 +151,8 @@ def main(argv=None):
     args = parse_args(argv)
     check_device(args.device)
     data = Path(args.dataset_dir)
-    info = utils.read_model_info(Path(args.model_path_prefix).parent)
-    utils.check_labels(data / args.label_file, info.labels)
+    info = utils.read_model_info(bundle_folder(args.model_path_prefix))
+    utils.check_labels(data, args.label_file, info.labels)
     if args.perf:
         examples = utils.read_examples(data / f"{args.perf_dataset}.txt", info.labels)
         print_perf(perf(new_predictor(args), *examples), args.batch_size)
@@ -150,11 +161,10 @@ def main(argv=None):
     texts = itertools.chain([next(texts)], texts)  # a wrong path shows before the model is loaded
     output_file = utils.check_writable(args.output_file) if args.output_file else None
     predictor = new_predictor(args)
-    chunks = utils.chunks(texts, utils.CHUNK)
     if output_file is None:
-        print_labels(predictor, chunks)
+        print_labels(predictor, texts)
         return
-    label_file(predictor, chunks, output_file, args.output_scores)
+    write_labels(predictor, texts, output_file, args.output_scores)
     logger.info("Prediction results save in %s.", args.output_file)
 
 

@@ -26,6 +26,13 @@ OPSET = 13
 INPUTS = ["input_ids", "token_type_ids"]
 
 
+def bundle_folder(prefix):
+    """The folder of a static graph; raises UserError if the prefix lacks the name of the graph."""
+    if Path(prefix).is_dir():
+        raise UserError(f"{prefix} is a folder; give the prefix of its files, {prefix}/float32")
+    return Path(prefix).parent
+
+
 # ----------------------------------------------------------------------------------- ONNX files
 def make_onnx(prefix, precision):
     """Writes the bundle's ONNX file of one precision; makes model.onnx first if it is not there.
@@ -36,18 +43,27 @@ def make_onnx(prefix, precision):
     folder = Path(prefix).parent
     path = folder / utils.ONNX_FILES[precision]
     logger.info("Make %s (once)", path)
-    with tempfile.TemporaryDirectory() as temporary, _stdout_to_stderr():
-        result = Path(temporary) / "result.onnx"
-        if precision == "fp32":
-            sha256 = _static_graph_sha256(prefix)
-            _convert(prefix, result)
-        else:
-            source = folder / utils.ONNX_FILES["fp32"]
-            sha256 = utils.read_model_info(folder).model_sha256
-            if not source.exists() or _made_from(_load_onnx(source)) != sha256:
-                make_onnx(prefix, "fp32")
-            {"int8": _quantize, "fp16": _to_fp16}[precision](source, result)
-        model = _load_onnx(result)
+    onnx = _import("onnx", f"making {path.name}")
+    if precision == "fp32":
+        source, convert, sha256 = prefix, _convert, _static_graph_sha256(prefix)
+    else:
+        source = folder / utils.ONNX_FILES["fp32"]
+        convert = {"int8": _quantize, "fp16": _to_fp16}[precision]
+        sha256 = utils.read_model_info(folder).model_sha256
+        if not source.exists() or _made_from(_load_onnx(source)) != sha256:
+            make_onnx(prefix, "fp32")
+    try:
+        with tempfile.TemporaryDirectory() as temporary, _stdout_to_stderr():
+            convert(source, Path(temporary) / "result.onnx")
+            model = onnx.load(str(Path(temporary) / "result.onnx"))
+    except UserError:
+        raise
+    except Exception as error:  # the converters raise almost anything
+        reason = f"{type(error).__name__}: {(str(error).strip() or 'no reason').splitlines()[0]}"
+        raise UserError(
+            f"cannot make {path}: {reason}; is there room in {tempfile.gettempdir()}? (TMPDIR "
+            "names another folder)"
+        ) from error
     if _made_from(model) is None:
         model.metadata_props.add(key="model_sha256", value=sha256)
     with utils.atomic_file(path, "wb") as file:
@@ -98,7 +114,8 @@ def _import(name, why):
 
 
 def _load_onnx(path):
-    onnx = _import("onnx", f"making {utils.ONNX_FILES['int8']} or {utils.ONNX_FILES['fp16']}")
+    import onnx
+
     try:
         return onnx.load(str(path))
     except Exception as error:  # protobuf's DecodeError and others
@@ -160,28 +177,47 @@ def open_session(prefix, precision="fp32", device="cpu", device_id=0, num_thread
     num_threads: CPU threads, None for all cores. Several processes may call this at once: one makes
     the file, the others wait for it. Raises UserError.
     """
-    folder = Path(prefix).parent
-    info = utils.read_model_info(folder)
-    if info.model_sha256 is None:
+    folder = bundle_folder(prefix)
+    if utils.read_model_info(folder).model_sha256 is None:
         raise UserError(f"{folder}: a checkpoint, not a bundle; run export_model.py on it")
     if not Path(f"{prefix}.pdmodel").exists() and any(folder.glob("*.pdmodel")):
         raise UserError(f"{prefix}.pdmodel: no such file; check --model_path_prefix")
     path = folder / utils.ONNX_FILES[precision]
-    args = path, info, device, device_id, num_threads or utils.num_cores()
+    args = path, device, device_id, num_threads or utils.num_cores()
     session = _current_session(*args)
     if session is None:
-        with FileLock(str(folder / ".onnx.lock")):
+        with _lock(path):
             session = _current_session(*args)  # another process may have made it meanwhile
             if session is None:
                 make_onnx(prefix, precision)
                 session = _current_session(*args)
+    if session is None:
+        raise UserError(f"{folder}: changed while {path.name} was made; run the command again")
     return session
 
 
-def _current_session(path, info, device, device_id, num_threads):
+@contextlib.contextmanager
+def _lock(path):
+    """Among the processes that make ONNX files in the bundle of `path`."""
+    lock = FileLock(str(path.parent / ".onnx.lock"))
+    try:
+        lock.acquire()
+    except OSError as error:
+        raise UserError(
+            f"cannot make {path}: {error.strerror or error}; run once where the bundle can be "
+            f"written, and copy {path.name} from there"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _current_session(path, device, device_id, num_threads):
     """The session of an ONNX file; None if it is missing or was made from other weights."""
     if not path.exists():
         return None
+    info = utils.read_model_info(path.parent)
     options = ort.SessionOptions()
     options.intra_op_num_threads = num_threads
     options.log_severity_level = 3  # errors: the rest are notes on nodes that need no attention
@@ -248,12 +284,12 @@ class Predictor:
         max_seq_length=None,
         tokenizer_path=None,
     ):
-        folder = Path(model_path_prefix).parent
+        folder = bundle_folder(model_path_prefix)
         check_device(device)
         self.info = utils.read_model_info(folder)
         self.max_seq_length = max_seq_length or self.info.max_seq_length
         utils.check_length(self.max_seq_length, self.info.max_position)
-        self.tokenizer = utils.load_tokenizer(tokenizer_path or folder)
+        self.tokenizer = utils.load_tokenizer(tokenizer_path or folder, folder)
         self.batch_size = batch_size
         logger.info(">>> [InferBackend] Creating Engine ...")
         logger.info(">>> [InferBackend] Use %s to inference ...", device.upper())
@@ -267,6 +303,10 @@ class Predictor:
         """Token ids; returns (list of arrays, number of texts that were cut)."""
         return utils.encode(texts, self.tokenizer, self.max_seq_length)
 
+    def logits(self, encoded):
+        """Logits of encoded texts, float32 [texts, classes]."""
+        return utils.logits_of(self.forward, encoded, self.batch_size, len(self.info.labels))
+
     def decode(self, logits):
         """Logits [texts, classes] to (label names per text, probabilities [texts, classes])."""
         probs = metric.probabilities(logits)
@@ -276,5 +316,4 @@ class Predictor:
     def predict(self, texts):
         """(label names per text, probabilities [texts, classes]), in the order of the texts."""
         encoded, _ = self.encode(texts)
-        num_labels = len(self.info.labels)
-        return self.decode(utils.logits_of(self.forward, encoded, self.batch_size, num_labels))
+        return self.decode(self.logits(encoded))
