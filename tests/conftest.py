@@ -1,6 +1,7 @@
 """Fixtures: the tiny model, a trained checkpoint, the shared real data where it is at hand."""
 
 import zlib  # noqa: F401  before anything loads paddle, see platform notes in train.py
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -8,12 +9,20 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).resolve().parent.parent
-FOLDERS = ["", "analysis", "data", "benchmarks", "deploy/predictor"]
+FOLDERS = ["", "analysis", "data", "benchmarks", "deploy/predictor", "deploy/paddle_serving"]
 sys.path[:0] = [str(REPO / folder) for folder in FOLDERS]
 
 import utils  # noqa: E402
 
 SAMPLE = REPO / "data"
+
+
+def needs_package(name):
+    """For a whole test file: skips it on a machine without the servers' packages."""
+    if importlib.util.find_spec(name) is None:
+        if os.environ.get("REQUIRE_SHARED"):
+            raise ImportError(f"REQUIRE_SHARED is set and {name} is not installed; see Makefile")
+        pytest.skip(f"{name} is not installed; `make test` does it", allow_module_level=True)
 
 
 @pytest.fixture(scope="session")

@@ -321,7 +321,7 @@ def remove(folder, *names):
 BROKEN_BUNDLES = {
     "no model file": (
         lambda f: remove(f, "model.onnx", "float32.pdmodel"),
-        "float32.pdmodel: no such file, and no model.onnx of this model beside it; export again",
+        "float32.pdmodel: no such file; export again (--onnx for hosts without Paddle)",
     ),
     "no weights": (
         lambda f: remove(f, "model.onnx", "float32.pdiparams"),
@@ -333,7 +333,10 @@ BROKEN_BUNDLES = {
         "not the files that config.json beside them describes (cut short, or of another model)",
     ),
     "static graph of another model": (other_model, "not the files that config.json beside them"),
-    "ONNX file of another model": (other_model_without_graph, "no model.onnx of this model"),
+    "ONNX file of another model": (
+        other_model_without_graph,
+        "float32.pdmodel: no such file; export again",
+    ),
     "other number of labels": (other_labels, "20 classes, config.json names 7 labels"),
     "vocabulary of another model": (
         lambda f: (f / "vocab.txt").write_text("[PAD]\n", encoding="utf-8"),

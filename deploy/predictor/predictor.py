@@ -45,7 +45,7 @@ def make_onnx(prefix, precision):
     logger.info("Make %s (once)", path)
     onnx = _import("onnx", f"making {path.name}")
     if precision == "fp32":
-        source, convert, sha256 = prefix, _convert, _static_graph_sha256(prefix)
+        source, convert, sha256 = prefix, _convert, utils.static_graph_sha256(prefix)
     else:
         source = folder / utils.ONNX_FILES["fp32"]
         convert = {"int8": _quantize, "fp16": _to_fp16}[precision]
@@ -82,24 +82,6 @@ def _stdout_to_stderr():
         sys.stdout.flush()
         os.dup2(stdout, 1)
         os.close(stdout)
-
-
-def _static_graph_sha256(prefix):
-    """SHA-256 of the static graph, checked against config.json."""
-    files = [Path(f"{prefix}{suffix}") for suffix in (".pdmodel", ".pdiparams")]
-    for file in files:
-        if not file.exists():
-            raise UserError(
-                f"{file}: no such file, and no {utils.ONNX_FILES['fp32']} of this model beside it; "
-                "export again with export_model.py --onnx"
-            )
-    sha256 = utils.sha256(*files)
-    if sha256 != utils.read_model_info(files[0].parent).model_sha256:
-        raise UserError(
-            f"{prefix}.pdmodel, .pdiparams: not the files that config.json beside them describes "
-            "(cut short, or of another model); export again"
-        )
-    return sha256
 
 
 def _import(name, why):

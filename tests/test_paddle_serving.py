@@ -1,0 +1,508 @@
+"""deploy/paddle_serving against the real server: same labels as predict.py, faults, SIGTERM."""
+
+import http.client
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import yaml
+from conftest import REPO, SAMPLE, needs_package
+
+import predict
+import utils
+
+FOLDER = REPO / "deploy" / "paddle_serving"
+LABELS = utils.read_labels(SAMPLE / "label.txt")
+TEXTS = utils.read_examples(SAMPLE / "dev.txt", LABELS)[0]
+
+needs_package("paddle_serving_server")
+needs_package("paddle_serving_app")
+import convert  # noqa: E402
+import http_client  # noqa: E402
+import rpc_client  # noqa: E402
+import service  # noqa: E402
+
+
+def free_ports(count):
+    with_sockets = [socket.socket() for _ in range(count)]
+    for sock in with_sockets:
+        sock.bind(("127.0.0.1", 0))
+    ports = [sock.getsockname()[1] for sock in with_sockets]
+    for sock in with_sockets:
+        sock.close()
+    return ports
+
+
+class Server:
+    """service.py in a process of its own on free ports."""
+
+    def __init__(self, folder, **changes):
+        config = yaml.safe_load((FOLDER / "config.yml").read_text(encoding="utf-8"))
+        config["rpc_host"] = "127.0.0.1"
+        config["rpc_port"], config["http_port"] = free_ports(2)
+        config["limits"].update(changes)
+        (folder / "config.yml").write_text(yaml.safe_dump(config), encoding="utf-8")
+        self.ports = config["rpc_port"], config["http_port"]
+        self.rpc, self.http = f"127.0.0.1:{self.ports[0]}", f"http://127.0.0.1:{self.ports[1]}"
+        command = [sys.executable, FOLDER / "service.py", "--config", "config.yml"]
+        with open(folder / "log.txt", "w") as log:
+            self.process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log)
+        self.log = folder / "log.txt"
+
+    def wait_until_ready(self):
+        deadline = time.monotonic() + 90
+        while not (http_client.ready(self.http) and rpc_client.ready(self.rpc)):
+            assert self.process.poll() is None, self.log.read_text()
+            assert time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.1)
+        return self
+
+    def processes(self):
+        """{pid: parent} of the server's processes; they all name its configuration folder."""
+        found = {}
+        for entry in os.listdir("/proc"):
+            try:
+                if entry.isdigit() and os.readlink(f"/proc/{entry}/cwd") == str(self.log.parent):
+                    stat = open(f"/proc/{entry}/stat").read().rsplit(")", 1)[1].split()
+                    if stat[0] != "Z":
+                        found[int(entry)] = int(stat[1])
+            except OSError:  # it has just ended
+                pass
+        return found
+
+    def child(self, pid):
+        return next(p for p, parent in self.processes().items() if parent == pid)
+
+    def assert_gone(self):
+        """No process is left and both ports are free, after some seconds at the latest."""
+        deadline = time.monotonic() + 10
+        while True:
+            try:
+                for port in self.ports:
+                    service.check_port("port", port)
+                assert not self.processes()
+                return
+            except (utils.UserError, AssertionError):
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.1)
+
+    def stop(self):
+        self.process.terminate()
+        self.process.wait(timeout=60)
+        self.assert_gone()
+
+
+@pytest.fixture(scope="module")
+def model(bundle, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("paddle_serving")
+    convert.main(
+        ["--dirname", str(bundle), "--serving_server", str(folder / "serving_server")]
+        + ["--serving_client", str(folder / "serving_client")]
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(model):
+    server = Server(model).wait_until_ready()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def own_server(model, tmp_path):
+    """start(**limits): a server that a test may kill."""
+    servers = []
+
+    def start(**limits):
+        shutil.copytree(model / "serving_server", tmp_path / "serving_server")
+        servers.append(Server(tmp_path, **limits))
+        return servers[-1].wait_until_ready()
+
+    yield start
+    for one in servers:
+        if one.process.poll() is None:
+            one.stop()
+
+
+@pytest.fixture(scope="module")
+def expected(checkpoint, tmp_path_factory):
+    """[(label names, {label: score})] of predict.py for the sample's dev texts."""
+    folder = tmp_path_factory.mktemp("expected")
+    (folder / "data.txt").write_text("\n".join(TEXTS) + "\n", encoding="utf-8")
+    flags = ["--device", "cpu", "--dataset_dir", folder, "--params_path", checkpoint]
+    flags += ["--output_file", folder / "o.jsonl", "--output_scores"]
+    predict.main([str(flag) for flag in flags])
+    rows = [json.loads(line) for line in open(folder / "o.jsonl", encoding="utf-8")]
+    return [(row["labels"], row["scores"]) for row in rows]
+
+
+def check(answers, expected):
+    assert [names for names, _ in answers] == [names for names, _ in expected]
+    for (names, scores), (_, all_scores) in zip(answers, expected):
+        np.testing.assert_allclose(scores, [all_scores[n] for n in names], rtol=0, atol=1e-4)
+
+
+def works(server, expected):
+    """Both ways into the server answer, and correctly."""
+    check(http_client.predict(server.http, TEXTS[:20]), expected[:20])
+    check(rpc_client.predict(server.rpc, TEXTS[20:40]), expected[20:40])
+
+
+def post(server, body, path="/seq_cls/prediction"):
+    """(HTTP status, reply as text)."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.ports[1], timeout=30)
+    connection.request("POST", path, body, {"Content-Type": "application/json"})
+    answer = connection.getresponse()
+    text = answer.read().decode("utf-8")
+    connection.close()
+    return answer.status, text
+
+
+# ------------------------------------------------------------------------------------ the answers
+def test_all_dev_texts(server, expected):
+    assert any(not names for names, _ in expected) and len(TEXTS) == 400
+    for client, url in ((http_client, server.http), (rpc_client, server.rpc)):
+        chunks = utils.chunks(TEXTS, 150)
+        check([answer for chunk in chunks for answer in client.predict(url, chunk)], expected)
+        check([client.predict(url, [text])[0] for text in TEXTS[:30]], expected[:30])
+        assert client.predict(url, TEXTS[0])[0] == client.predict(url, TEXTS[:1])[0]  # one string
+
+
+def test_clients_as_commands(server, expected, tmp_path):
+    (tmp_path / "texts.txt").write_text("\n".join([*TEXTS[:5], ""]), encoding="utf-8")
+    for script, url in (("http_client.py", server.http), ("rpc_client.py", server.rpc)):
+        command = [sys.executable, FOLDER / script, "--url", url]
+        flags = ["--data_file", tmp_path / "texts.txt", "--batch_size", "2"]
+        run = subprocess.run([*command, *flags], capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        lines = run.stdout.splitlines()
+        assert lines[0::4] == [f"data:  {text}" for text in TEXTS[:5]]
+        assert lines[1::4] == [f"label:  {','.join(names)}" for names, _ in expected[:5]]
+        run = subprocess.run([*command, "--ready"], capture_output=True, text=True)
+        assert (run.returncode, run.stdout) == (0, "ready\n")
+
+
+def test_empty_text_is_an_ordinary_text(server):
+    for client, url in ((http_client, server.http), (rpc_client, server.rpc)):
+        (names, scores), _ = client.predict(url, ["", TEXTS[0]])
+        assert len(names) == len(scores)
+
+
+def test_thresholds_of_the_bundle(model, own_server):
+    path = model / "serving_server" / "config.json"
+    text = path.read_text(encoding="utf-8")
+    try:
+        path.write_text(json.dumps({**json.loads(text), "thresholds": [0.0] * 20}))
+        one = own_server()
+    finally:
+        path.write_text(text, encoding="utf-8")
+    assert http_client.predict(one.http, TEXTS[:1])[0][0] == LABELS
+
+
+# ----------------------------------------------------------------------------------------- faults
+BAD_VALUES = {
+    "no JSON": ("婚后", "sentence is not JSON"),
+    "Python instead of JSON": ("array([b'x'], dtype=object)", "sentence is not JSON"),
+    "code": ("__import__('os').abort()", "sentence is not JSON"),
+    "number": ("1", "must be a JSON string or a list of strings"),
+    "object": ('{"a": 1}', "must be a JSON string or a list of strings"),
+    "list of numbers": ("[1, 2]", "must be a JSON string or a list of strings"),
+    "nested": ('[["a"]]', "must be a JSON string or a list of strings"),
+    "deep": ("[" * 100_000, "sentence is not JSON"),
+    "empty list": ("[]", "empty list; send at least one text"),
+    "many texts": (json.dumps(["a"] * 257), "257 texts; send at most 256"),
+    "long text": (json.dumps(["a", "长" * 40_000]), "text 1 has 120000 bytes; at most 100000"),
+    "surrogate": ('["\\ud800"]', "text 0 is not valid Unicode"),
+}
+
+
+@pytest.mark.parametrize("value, message", BAD_VALUES.values(), ids=BAD_VALUES)
+def test_bad_sentence(server, value, message):
+    status, text = post(server, json.dumps({"key": ["sentence"], "value": [value]}))
+    assert status == 200 and json.loads(text)["err_no"] == 51
+    assert message in json.loads(text)["err_msg"]
+    request = rpc_client.Request(key=["sentence"], value=[value])
+    reply = rpc_client.call(server.rpc, request, 30)
+    assert reply.err_no == 51 and message in reply.err_msg
+
+
+BAD_BODIES = {
+    "nothing": (b"", 200, "send key"),
+    "half an object": (b"{", 400, "unexpected EOF"),
+    "noise": (b"\xff\xfe", 400, "invalid character"),
+    "list": (b"[1]", 400, "cannot unmarshal"),
+    "no key": (b"{}", 200, "send key"),
+    "other key": (b'{"key": ["text"], "value": ["\\"a\\""]}', 200, "send key"),
+    "no value": (b'{"key": ["sentence"], "value": []}', 200, "send key"),
+    "twice": (b'{"key": ["sentence", "sentence"], "value": ["\\"a\\""]}', 200, "send key"),
+    "strings": (b'{"key": "sentence", "value": "a"}', 400, "cannot unmarshal"),
+    "number": (b'{"key": ["sentence"], "value": [1]}', 400, "cannot unmarshal"),
+    "10 MB": (b'{"key": ["sentence"], "value": ["%s"]}' % (b"a" * 10**7), 429, "larger than max"),
+}
+
+
+@pytest.mark.parametrize("body, status, message", BAD_BODIES.values(), ids=BAD_BODIES)
+def test_bad_body(server, expected, body, status, message):
+    answer_status, text = post(server, body)
+    assert answer_status == status and message in text, text[:200]
+    check(http_client.predict(server.http, TEXTS[:2]), expected[:2])
+
+
+def test_invalid_utf8_over_http_is_replaced_by_the_gateway(server):
+    body = b'{"key": ["sentence"], "value": ["\\"' + TEXTS[0].encode() + b'\xff\\""]}'
+    status, text = post(server, body)
+    assert status == 200
+    answer = http_client.predict(server.http, [TEXTS[0] + "\N{REPLACEMENT CHARACTER}"])
+    assert json.loads(json.loads(text)["value"][0]) == [answer[0][0]]
+
+
+def test_invalid_utf8_over_grpc(server, expected):
+    import grpc
+
+    raw = b'\x0a\x08sentence\x12\x04"\xff\xfe"'  # key: "sentence", value: invalid bytes
+    with grpc.insecure_channel(server.rpc) as channel:
+        with pytest.raises(grpc.RpcError) as caught:
+            channel.unary_unary(rpc_client.METHOD)(raw, timeout=30)
+    assert caught.value.code() == grpc.StatusCode.INTERNAL
+    works(server, expected)
+
+
+def test_byte_tensors_are_not_unpickled(server, tmp_path):
+    """Paddle Serving's own unpacking calls np.load(allow_pickle=True) on them."""
+    import io
+
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "pwned"),)
+
+    file = io.BytesIO()
+    np.save(file, np.array([Evil()], dtype=object), allow_pickle=True)
+    import base64
+
+    tensor = {"name": "sentence", "elem_type": 13, "shape": [1]}
+    tensor["byte_data"] = base64.b64encode(file.getvalue()).decode()
+    status, text = post(server, json.dumps({"tensors": [tensor]}))
+    assert status == 200 and "no tensors" in text and not (tmp_path / "pwned").exists()
+
+
+@pytest.mark.parametrize(
+    "path, message",
+    [
+        ("/other/prediction", "Service name error"),
+        ("/seq_cls/other", "no method other; use prediction or ready"),
+        ("/", "Not Found"),
+    ],
+)
+def test_unknown_path(server, path, message):
+    assert message in post(server, b"{}", path)[1]
+
+
+def test_a_client_that_goes_away(server, expected):
+    body = json.dumps({"key": ["sentence"], "value": [json.dumps(TEXTS[:256])]}).encode()
+    head = f"POST /seq_cls/prediction HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+    for part in (body, body[: len(body) // 2]):
+        with socket.create_connection(("127.0.0.1", server.ports[1])) as sock:
+            sock.sendall(head.encode() + part)
+            time.sleep(0.05)
+    works(server, expected)
+
+
+def test_bad_requests_do_not_touch_good_ones(server, expected):
+    good = [lambda i=i: http_client.predict(server.http, [TEXTS[i]])[0] for i in range(60)]
+    bad = [lambda v=v: post(server, json.dumps({"key": ["sentence"], "value": [v[0]]}))
+           for v in list(BAD_VALUES.values()) * 5]  # fmt: skip
+    calls = [(i, call) for i, call in enumerate(good)] + [(None, call) for call in bad]
+    random.Random(0).shuffle(calls)
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(lambda pair: (pair[0], pair[1]()), calls))
+    answers = [answer for i, answer in sorted(a for a in answers if a[0] is not None)]
+    check(answers, expected[:60])
+
+
+def test_fuzz(server, expected):
+    """500 random requests, raw and half-right, over HTTP and gRPC."""
+    import grpc
+
+    rng, seen = random.Random(5), set()
+
+    def noise(size):
+        return bytes(rng.randrange(256) for _ in range(rng.randrange(size)))
+
+    def value():
+        kinds = [None, True, 1e400, -1, "a", noise(20).decode("latin1"), [], {}, ["x", None]]
+        return rng.choice([json.dumps(rng.choice(kinds)), noise(30).decode("latin1")])
+
+    with grpc.insecure_channel(server.rpc) as channel:
+        raw_call = channel.unary_unary(rpc_client.METHOD)
+        for i in range(500):
+            if i % 5 == 0:
+                try:
+                    raw_call(noise(60), timeout=30)
+                except grpc.RpcError as error:
+                    seen.add(error.code())
+                continue
+            keys = [rng.choice(["sentence", "", "x", 3]) for _ in range(rng.randrange(3))]
+            body = {"key": keys, "value": [value() for _ in range(rng.randrange(3))]}
+            body = json.dumps(body).encode()
+            if i % 5 < 3:
+                cut = rng.randrange(len(body))
+                body = rng.choice([noise(80), body[:cut] + noise(9) + body[cut:]])
+            seen.add(post(server, body)[0])
+            if i % 100 == 1:
+                works(server, expected)
+    assert {200, 400} <= seen
+    works(server, expected)
+
+
+# -------------------------------------------------------------------------------- life and death
+def test_sigterm_under_load_answers_what_was_accepted(own_server, expected):
+    one, refused, answers, started = own_server(), [], [], threading.Barrier(9)
+
+    def client(number):
+        ask, url = (http_client, one.http) if number % 2 else (rpc_client, one.rpc)
+        started.wait()
+        for start in range(0, 10_000, 10):
+            chunk = slice(start % 400, start % 400 + 10)
+            try:
+                answers.append((chunk, ask.predict(url, TEXTS[chunk])))
+            except http_client.ServerError as error:
+                refused.append(str(error))
+                return
+
+    threads = [threading.Thread(target=client, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    started.wait()
+    time.sleep(1.5)
+    one.process.terminate()
+    assert one.process.wait(timeout=60) == 0
+    for thread in threads:
+        thread.join()
+    assert len(answers) > 16
+    for chunk, answer in answers:
+        check(answer, expected[chunk])
+    # Each client's last request was not accepted; none was accepted and then lost.
+    lost = ("refused", "UNAVAILABLE", "HTTP status 503", "Connection reset")
+    assert len(refused) == 8 and all(any(word in r for word in lost) for r in refused), refused
+    assert not [r for r in refused if "Socket closed" in r or "CANCELLED" in r], refused
+    one.assert_gone()
+
+
+@pytest.mark.parametrize("victim", ["worker", "gateway"])
+def test_a_killed_process_is_replaced(own_server, expected, victim):
+    one = own_server()
+    worker = one.child(one.process.pid)
+    os.kill(worker if victim == "worker" else one.child(worker), signal.SIGKILL)
+    time.sleep(0.5)
+    one.wait_until_ready()
+    assert one.child(one.process.pid) != worker
+    works(one, expected)
+    assert "The server was lost" in one.log.read_text()
+    one.stop()
+
+
+def test_the_supervisor_takes_all_with_it(own_server):
+    one = own_server()
+    one.process.kill()
+    one.process.wait()
+    one.assert_gone()
+
+
+def test_too_many_requests_are_told_so(own_server, expected):
+    one = own_server(max_requests=2)
+
+    def ask(_):
+        try:
+            return rpc_client.predict(one.rpc, TEXTS[:200])
+        except http_client.ServerError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(12) as pool:
+        answers = list(pool.map(ask, range(12)))
+    assert any("RESOURCE_EXHAUSTED" in answer for answer in answers)
+    for answer in answers:
+        if not isinstance(answer, str):
+            check(answer, expected[:200])
+    one.stop()
+
+
+# -------------------------------------------------------------------------------------- bad set-up
+def fails(folder, *flags):
+    command = [sys.executable, FOLDER / "service.py", *flags]
+    run = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60)
+    assert run.returncode == 2 and "Traceback" not in run.stderr, run.stderr
+    return run.stderr
+
+
+def test_bad_configuration(model, server, tmp_path, capfd):
+    assert "none.yml: No such file" in fails(tmp_path, "--config", "none.yml")
+    text = (FOLDER / "config.yml").read_text(encoding="utf-8")
+    for old, new, message in (
+        ("limits:", "limit:", "'limits' missing or malformed"),
+        ("max_texts: 256", "max_texts: x", "max_texts: x is not a whole number above 0"),
+        ("device_type: 0", "device_type: 7", "device_type 7: 0 (CPU) and 1 (GPU) are supported"),
+        ("rpc_port: 18090", "rpc_port: [", "not valid YAML"),
+        ("", "", "serving_server/float32.pdmodel: no such file; run convert.py first"),
+    ):
+        (tmp_path / "config.yml").write_text(text.replace(old, new), encoding="utf-8")
+        assert message in fails(tmp_path)
+    (model / "other.yml").write_text(text.replace("18090", str(server.ports[0])))
+    assert f"rpc_port {server.ports[0]} cannot be used" in fails(model, "--config", "other.yml")
+
+
+def test_a_model_cut_short(model, tmp_path):
+    shutil.copytree(model / "serving_server", tmp_path / "serving_server")
+    path = tmp_path / "serving_server" / "float32.pdiparams"
+    path.write_bytes(path.read_bytes()[:1000])
+    shutil.copy(FOLDER / "config.yml", tmp_path)
+    assert "not the files that config.json beside them describes" in fails(tmp_path)
+
+
+def test_convert(model, bundle, checkpoint, tmp_path, run_cli):
+    files = {"float32.pdmodel", "float32.pdiparams", "config.json", "vocab.txt"}
+    files |= {"tokenizer_config.json", "serving_server_conf.prototxt"}
+    assert {p.name for p in (model / "serving_server").iterdir()} == {
+        *files,
+        "serving_server_conf.stream.prototxt",
+    }
+    assert len(list((model / "serving_client").iterdir())) == 2
+    targets = ["--serving_server", tmp_path / "s", "--serving_client", tmp_path / "c"]
+    for folder, message in ((checkpoint, "a checkpoint, not a bundle"), ("no", "no such folder")):
+        status, err = run_cli(convert.main, ["--dirname", folder, *targets])
+        assert status == 2 and message in err
+    same = ["--dirname", bundle, "--serving_server", bundle, "--serving_client", tmp_path / "c"]
+    status, err = run_cli(convert.main, same)
+    assert status == 2 and "is the bundle itself" in err and not list(tmp_path.iterdir())
+
+
+def test_no_server(tmp_path):
+    port = free_ports(1)[0]
+    for script, url in (("http_client.py", f"http://127.0.0.1:{port}"),
+                        ("rpc_client.py", f"127.0.0.1:{port}")):  # fmt: skip
+        command = [sys.executable, FOLDER / script, "--url", url]
+        run = subprocess.run(command, capture_output=True, text=True)
+        assert run.returncode == 2 and run.stderr.startswith(f"error: no answer from {url}")
+        assert len(run.stderr.splitlines()) == 1
+        run = subprocess.run([*command, "--ready"], capture_output=True, text=True)
+        assert (run.returncode, run.stdout) == (1, "not ready\n")
+
+
+def test_limits_are_checked_before_the_model():
+    limits = {"max_texts": 2, "max_text_bytes": 3}
+    assert service.parse_texts('"长"', limits) == ["长"]
+    assert service.parse_texts('["a", ""]', limits) == ["a", ""]
+    for value in ('["a", "b", "c"]', '["长a"]', "[]", "null"):
+        with pytest.raises(ValueError):
+            service.parse_texts(value, limits)
