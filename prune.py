@@ -86,6 +86,7 @@ def parse_args(argv=None):
         (TrainingArguments, DataArguments, ModelArguments),
         description=__doc__.split("\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
     )
     known = {f.name for f in fields(trainer.TrainingArguments)}
     given = {arg[2:].split("=")[0] for arg in argv if arg.startswith("--")}
@@ -98,7 +99,9 @@ def parse_args(argv=None):
     args = SimpleNamespace(**{k: v for part in parsed for k, v in vars(part).items()})
     args.device = args.device.lower()
     check_args(args)
-    args.width_mult = [parse_width(width) for width in args.width_mult]
+    if sum(arg.split("=")[0] == "--width_mult" for arg in argv) > 1:
+        raise UserError("--width_mult twice; give all widths after one")
+    args.width_mult = list(dict.fromkeys(map(parse_width, args.width_mult)))
     return args
 
 
@@ -112,8 +115,8 @@ def check_args(args):
     for name, minimum in minima.items():
         if not minimum <= getattr(args, name) < float("inf"):
             raise UserError(f"--{name} {getattr(args, name)} is not a number of at least {minimum}")
-    if args.num_train_epochs <= 0 and args.max_steps <= 0:
-        raise UserError(f"--num_train_epochs {args.num_train_epochs} is not above 0")
+    if not 0 < args.num_train_epochs < float("inf") and args.max_steps <= 0:
+        raise UserError(f"--num_train_epochs {args.num_train_epochs} is not a number above 0")
     if args.gold_weight > 1:
         raise UserError(f"--gold_weight {args.gold_weight} is not between 0 and 1")
     if args.dataset_dir is None:
@@ -140,6 +143,18 @@ def check_widths(widths, num_heads):
                 f"--width_mult {width} does not keep a whole number of the {num_heads} heads; "
                 f"widths that fit: {fitting}"
             )
+
+
+def check_targets(args):
+    """The folders of all widths can be written, and none is the teacher's. Raises UserError."""
+    for width in args.width_mult:
+        target = Path(args.output_dir) / str(float(width))
+        if target.resolve() == Path(args.params_dir).resolve():
+            raise UserError(f"--output_dir: {target} is the checkpoint itself; give another folder")
+        if (target / utils.CONFIG_FILE).exists():
+            logger.warning("%s holds a model; the new one will replace it", target)
+        with utils.atomic_folder(target):
+            pass  # nothing changes, but an error shows now and not after the first evaluation
 
 
 def read_data(args, info):
@@ -173,9 +188,14 @@ def main(argv=None):
     if "width_mult" in utils.read_json(Path(args.params_dir) / utils.CONFIG_FILE):
         raise UserError(f"{args.params_dir}: pruned already; give the checkpoint of full width")
     check_widths(args.width_mult, teacher.config.num_attention_heads)
+    if args.max_seq_length < info.max_seq_length:
+        lengths = args.max_seq_length, info.max_seq_length
+        logger.warning("--max_seq_length %d, but the checkpoint was trained with %d", *lengths)
     if info.thresholds is not None:
         logger.warning("The thresholds were tuned for the teacher; tune the students' anew")
     train_set, dev_set = read_data(args, info)
+    if dist.get_rank() == 0:
+        check_targets(args)
     paddle.seed(args.seed)
     logger.info("Pruning starts.")
     pruner = Pruner(args, teacher, info.labels, train_set, dev_set)

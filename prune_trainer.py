@@ -10,6 +10,7 @@ first and changes no output; a width keeps the first ones.
 import zlib  # noqa: F401  libpaddle exports zlib symbols of its own; loaded after it, zlib crashes
 import contextlib
 import copy
+import gc
 import math
 import time
 from pathlib import Path
@@ -129,15 +130,20 @@ class Supernet:
         return {k.replace(".fn.", "."): v.numpy() for k, v in self.model.state_dict().items()}
 
 
-def cut(weights, params_path, num_labels, width_mult):
-    """The narrow model with the first heads and neurons of full-width `weights`, in eval mode."""
+def narrow_model(params_path, num_labels, width_mult, device):
+    """A model of this width on the device, in eval mode; `cut` gives it weights."""
+    export_model.set_device(device)
     model = export_model.build_model(params_path, num_labels)
     export_model.cut_model(model, width_mult)
+    model.eval()
+    return model
+
+
+def cut(weights, model):
+    """Sets a narrow model to the first heads and neurons of full-width `weights`."""
     shapes = {name: value.shape for name, value in model.state_dict().items()}
     kept = {name: weights[name][tuple(map(slice, shape))] for name, shape in shapes.items()}
     export_model.set_weights(model, kept, "the supernet")
-    model.eval()
-    return model
 
 
 # --------------------------------------------------------------------------------- distillation
@@ -190,6 +196,18 @@ def average_gradients(parameters):
             dist.all_reduce(parameter.grad)
 
 
+def wait_for_rank_0(number):
+    """Returns when rank 0, too, has come to its `number`-th call.
+
+    Unlike a barrier, it may take longer than the 30 seconds after which gloo gives up.
+    """
+    if dist.get_world_size() > 1:
+        store = dist.collective._default_store
+        store.add("rank_0", int(dist.get_rank() == 0))
+        while store.add("rank_0", 0) < number:
+            time.sleep(0.1)
+
+
 def log_evaluation(name, result, seconds):
     logger.info(
         "%s, eval loss: %.5f, micro f1 score: %.5f, macro f1 score: %.5f", name, *result.values()
@@ -208,7 +226,7 @@ class Pruner:
     def __init__(self, args, teacher, labels, examples, dev_examples):
         self.args, self.teacher, self.labels = args, teacher, labels
         self.examples, self.dev_examples = examples, dev_examples
-        self.num_labels = len(labels)
+        self.num_labels, self.saves = len(labels), 0
         start = time.time()
         result = self.evaluate(teacher)
         log_evaluation("teacher model", result, time.time() - start)
@@ -231,6 +249,12 @@ class Pruner:
         width_mult: fractions.Fraction. Raises UserError if the loss is not finite.
         """
         args, world_size = self.args, dist.get_world_size()
+        # One model for all evaluations and one for all exports: Paddle never frees what it has
+        # traced. The export is checked on the CPU, since GPUs may compute with TF32.
+        students = [
+            narrow_model(args.params_dir, self.num_labels, width_mult, device)
+            for device in ("cpu", args.device)
+        ]
         supernet = Supernet(self.teacher, width_mult)
         supernet.model.train()
         lengths = [len(ids) for ids in self.examples[0]]
@@ -264,12 +288,15 @@ class Pruner:
                     since = time.time()
                 last = step == total_steps
                 if step % args.save_steps == 0 or step % steps_per_epoch == 0 or last:
-                    best = self.keep_best(supernet, width_mult, best)
+                    progress = {"step": step, "total_steps": total_steps}
+                    best = self.keep_best(supernet, students, width_mult, progress, best)
                 if last:
                     break
         width = float(width_mult)
         logger.info("width_mult: %s, Best macro f1 score: %.4f", width, best["macro_f1"])
         logger.info("DynaBERT training finished.")
+        del supernet, optimizer
+        gc.collect()  # PaddleSlim's and Paddle's objects refer to each other
         return best
 
     def train_step(self, supernet, optimizer, index):
@@ -291,28 +318,34 @@ class Pruner:
         optimizer.clear_grad()
         return float(loss)
 
-    def keep_best(self, supernet, width_mult, best):
+    def keep_best(self, supernet, students, width_mult, progress, best):
         """Evaluates the cut student; saves it if it is the best; returns the best figures."""
-        args, start, width = self.args, time.time(), float(width_mult)
-        student = cut(supernet.weights(), args.params_dir, self.num_labels, width_mult)
+        start, weights = time.time(), supernet.weights()
+        exported, student = students
+        cut(weights, student)
         result = self.evaluate(student)
-        log_evaluation(f"width_mult: {width}", result, time.time() - start)
+        log_evaluation(f"width_mult: {float(width_mult)}", result, time.time() - start)
         if not np.isfinite(result["loss"]):
             raise UserError(f"dev loss is {result['loss']}: lower --learning_rate")
         if best is not None and merit(result) <= merit(best):
             return best
         if dist.get_rank() == 0:
-            self.save(student, width_mult)
+            cut(weights, exported)
+            self.save(exported, width_mult, {**progress, **result})
+        self.saves += 1
+        wait_for_rank_0(self.saves)
         return result
 
-    def save(self, student, width_mult):
+    def save(self, student, width_mult, dev_figures):
         """Writes the student's folder: a checkpoint with cut weights, and the bundle."""
         source = Path(self.args.params_dir)
         target = Path(self.args.output_dir) / str(float(width_mult))
         config = utils.read_json(source / utils.CONFIG_FILE)
         config["width_mult"], config["thresholds"] = str(width_mult), None
         config["max_seq_length"] = self.args.max_seq_length
+        config["pruning"] = dev_figures
         encoded = self.dev_examples[0][: export_model.CHECK_TEXTS]
+        export_model.set_device("cpu")
         with utils.atomic_folder(target) as folder:
             with open(folder / utils.WEIGHTS_FILE, "wb") as file:
                 weights = {k: v.numpy() for k, v in student.state_dict().items()}
@@ -322,5 +355,5 @@ class Pruner:
             (folder / "model_config.json").write_text(text, encoding="utf-8")
             made = {file.name for file in folder.iterdir()}
         export_model.remove_old_onnx(target, made)
-        export_model.set_device(self.args.device)  # the static graph took the threads away
+        export_model.set_device(self.args.device)  # the static graph also took the threads away
         logger.info("Save the best student of width %s in %s", width_mult, target)

@@ -1,7 +1,10 @@
 """prune.py: parity of the supernet and the cut model, what a run leaves behind, bad input."""
 
+import re
+import shutil
 import subprocess
 import sys
+import time
 from fractions import Fraction
 
 import infer
@@ -130,7 +133,8 @@ def test_supernet_is_the_cut_model_and_at_full_width_the_teacher(teacher, checkp
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
     else:
         assert np.abs(found - expected).max() > 0.1
-    cut = prune_trainer.cut(supernet.weights(), checkpoint, 20, width)
+    cut = prune_trainer.narrow_model(checkpoint, 20, width, "cpu")
+    prune_trainer.cut(supernet.weights(), cut)
     heads = {layer.self_attn.num_heads for layer in cut.base_model.encoder.layers}
     inner = {layer.linear1.weight.shape[1] for layer in cut.base_model.encoder.layers}
     assert (heads, inner) == ({4 * width}, {256 * width})
@@ -217,11 +221,46 @@ def test_log_lines(checkpoint, small_data, tmp_path, run_cli):
         assert line in err, line
 
 
-def test_best_student_is_saved_while_f1_is_0(checkpoint, small_data, tmp_path, monkeypatch):
+def test_while_f1_is_0_the_lowest_loss_is_saved(
+    checkpoint, small_data, tmp_path, monkeypatch, run_cli
+):
     monkeypatch.setattr(metric, "DEFAULT_THRESHOLD", 0.9999)
-    flags = ["--max_steps", "1", "--width_mult", "1/2"]
-    prune.main(argv(small_data, checkpoint, tmp_path, *flags))
+    flags = ["--max_steps", "6", "--save_steps", "1", "--width_mult", "1/2"]
+    _, err = run_cli(prune.main, argv(small_data, checkpoint, tmp_path, *flags))
     assert {p.name for p in (tmp_path / "0.5").iterdir()} == FILES
+    lines = [line for line in err.splitlines() if "width_mult: 0.5, eval loss" in line]
+    losses = [float(re.search(r"loss: ([\d.]+)", line)[1]) for line in lines]
+    assert len(lines) == 6 and all("macro f1 score: 0.00000" in line for line in lines)
+    kept = utils.read_json(tmp_path / "0.5" / "config.json")["pruning"]
+    assert kept["step"] == 1 + losses.index(min(losses)) and kept["total_steps"] == 6
+    assert kept["loss"] == pytest.approx(min(losses), abs=1e-5) and kept["macro_f1"] == 0
+
+
+def test_gradients_are_averaged(monkeypatch):
+    """Sums over two equal ranks must come out as the mean."""
+    parameter = paddle.create_parameter([2], "float32")
+    (parameter * paddle.to_tensor([2.0, 4.0])).sum().backward()
+    monkeypatch.setattr(prune_trainer.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(prune_trainer.dist, "all_reduce", lambda x: x.set_value(x + x))
+    prune_trainer.average_gradients([parameter])
+    assert parameter.grad.tolist() == [2, 4]
+
+
+def test_memory_does_not_grow_with_the_saves(checkpoint, small_data, tmp_path, monkeypatch):
+    """Paddle keeps every model that was ever traced, so all saves must trace the same one."""
+    traced, save_static = set(), export_model.save_static
+
+    def watched(model, prefix):
+        traced.add(model)
+        save_static(model, prefix)
+
+    monkeypatch.setattr(export_model, "save_static", watched)
+    saves, save = [], prune_trainer.Pruner.save
+    monkeypatch.setattr(prune_trainer.Pruner, "save", lambda *args: saves.append(1) or save(*args))
+    monkeypatch.setattr(prune_trainer, "merit", lambda result: -time.monotonic())  # each is better
+    flags = ["--max_steps", "3", "--save_steps", "1", "--width_mult", "1/2"]
+    prune.main(argv(small_data, checkpoint, tmp_path, *flags))
+    assert len(saves) == 3 and len(traced) == 1
 
 
 def test_launch_command(checkpoint, small_data, tmp_path):
@@ -271,18 +310,40 @@ def test_two_processes_learn_what_one_does(checkpoint, small_data, tmp_path):
         (["--max_seq_length", "161"], "--max_seq_length 161: this model takes 3 to 160"),
         (["--fp16", "True"], "--fp16 has no effect on pruning; leave it out"),
         (["--no_such_flag", "1"], "not used by the PdArgumentParser: ['--no_such_flag', '1']"),
-        (["--num_train_epochs", "0"], "--num_train_epochs 0.0 is not above 0"),
+        (["--num_train_epochs", "0"], "--num_train_epochs 0.0 is not a number above 0"),
+        (["--num_train_epochs", "inf"], "--num_train_epochs inf is not a number above 0"),
+        (["--lr_scheduler", "constant"], "not used by the PdArgumentParser: ['--lr_scheduler',"),
+        (["--width_mult", "1/2", "--width_mult", "3/4"], "--width_mult twice; give all"),
+        (["--output_dir", "FILE/x"], "cannot write"),
         (["--save_steps", "0"], "--save_steps 0 is not a number of at least 1"),
         (["--gold_weight", "1.5"], "--gold_weight 1.5 is not between 0 and 1"),
         (["--distill_loss", "mse"], "argument --distill_loss: invalid choice: 'mse'"),
     ],
 )
 def test_bad_flags(checkpoint, small_data, tmp_path, run_cli, flags, message):
-    defaults = ["--width_mult", "1/2"]
+    defaults = [] if "--width_mult" in flags else ["--width_mult", "1/2"]
+    (tmp_path / "file").write_text("x")
+    flags = [flag.replace("FILE", str(tmp_path / "file")) for flag in flags]
     args = argv(small_data, checkpoint, tmp_path / "prune", *defaults, *flags)
     status, err = run_cli(prune.main, args)
     assert status == 2 and message in err and "Traceback" not in err, err
     assert not (tmp_path / "prune").exists()
+
+
+def test_targets(checkpoint, small_data, tmp_path, run_cli):
+    """A model that is there is replaced with a warning; the teacher itself never."""
+    teacher = shutil.copytree(checkpoint, tmp_path / "0.5")
+    flags = ["--width_mult", "1/2", "--max_steps", "1", "--max_seq_length", "64"]
+    status, err = run_cli(prune.main, argv(small_data, teacher, tmp_path, *flags))
+    assert status == 2 and "0.5 is the checkpoint itself; give another folder" in err
+    status, err = run_cli(prune.main, argv(small_data, checkpoint, tmp_path, *flags))
+    assert status == 0 and "0.5 holds a model; the new one will replace it" in err
+    assert "--max_seq_length 64, but the checkpoint was trained with 128" in err
+
+
+def test_same_width_twice_is_pruned_once():
+    flags = ["--output_dir", "o", "--dataset_dir", "d", "--width_mult", "1/2", "0.5", "3/4"]
+    assert prune.parse_args(flags).width_mult == [Fraction(1, 2), Fraction(3, 4)]
 
 
 def test_flags_have_the_readme_s_defaults():
