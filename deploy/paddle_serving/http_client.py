@@ -27,6 +27,12 @@ class ServerError(Exception):
     """The server can't be reached or refuses the request; the message is one line."""
 
 
+def positive(text):
+    if (number := int(text)) < 1:
+        raise ValueError
+    return number
+
+
 def parse_args(doc, argv, url):
     parser = argparse.ArgumentParser(
         description=doc.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -34,45 +40,58 @@ def parse_args(doc, argv, url):
     add = parser.add_argument
     add("--url", default=url, help="address of the server")
     add("--data_file", help="UTF-8 texts, one per line; None: four examples")
-    add("--batch_size", type=int, default=32, help="texts per request")
+    add("--batch_size", type=positive, default=32, help="texts per request")
     add("--timeout", type=float, default=60, help="seconds to wait for an answer")
     add("--ready", action="store_true", help="only ask whether the server is ready")
     return parser.parse_args(argv)
 
 
-def post(url, method, body, timeout):
-    """The server's reply as a dict; raises ServerError."""
-    headers = {"Content-Type": "application/json"}
-    request = urllib.request.Request(f"{url.rstrip('/')}/seq_cls/{method}", body, headers)
+def ask(url, body, timeout):
+    """The server's reply as a dict; raises ServerError. Without a body: is it ready?"""
+    path, headers = "prediction" if body else "ready", {"Content-Type": "application/json"}
+    request = urllib.request.Request(f"{url.rstrip('/')}/seq_cls/{path}", body, headers)
+    # The environment's proxy is for the internet; the server is near.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with urllib.request.urlopen(request, timeout=timeout) as answer:
-            return json.load(answer)
-    except urllib.error.HTTPError as error:
-        text = error.read().decode("utf-8", "replace")
-        raise ServerError(f"HTTP status {error.code}: {' '.join(text.split())}") from error
+        try:
+            with opener.open(request, timeout=timeout) as answer:
+                status, text = answer.status, answer.read()
+        except urllib.error.HTTPError as error:
+            status, text = error.code, error.read()
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise ServerError(f"no answer from {url}: {error}") from error
+    try:
+        reply = json.loads(text)
+        return {name: reply[name] for name in ("err_no", "err_msg", "key", "value")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ServerError(f"HTTP status {status} from {url}, which is no such server") from error
 
 
-def unpack(err_no, err_msg, keys, values):
-    """[(label names, scores)] of a reply; raises ServerError if it carries an error."""
+def unpack(err_no, err_msg, key, value, count):
+    """[(label names, scores)] of a reply to `count` texts; raises ServerError for an error."""
     if err_no:
         raise ServerError(f"error {err_no}: {' '.join(err_msg.split())}")
-    reply = dict(zip(keys, map(json.loads, values)))
-    return list(zip(reply["label"], reply["score"]))
+    try:
+        reply = dict(zip(key, map(json.loads, value)))
+        answers = list(zip(reply["label"], reply["score"]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ServerError(f"malformed reply ({error!r})") from error
+    if len(answers) != count:
+        raise ServerError(f"{len(answers)} answers to {count} texts")
+    return answers
 
 
 def predict(url, texts, timeout=60):
-    """[(label names, scores)] of the texts, each text's labels in the order of label.txt."""
+    """[(label names, scores)] of a list of texts, labels in the order of label.txt."""
     request = {"key": ["sentence"], "value": [json.dumps(texts, ensure_ascii=False)]}
-    reply = post(url, "prediction", json.dumps(request).encode(), timeout)
-    return unpack(reply["err_no"], reply["err_msg"], reply["key"], reply["value"])
+    reply = ask(url, json.dumps(request).encode(), timeout)
+    return unpack(**reply, count=len(texts))
 
 
 def ready(url, timeout=5):
     """True if the server can answer."""
     try:
-        return post(url, "ready", b"{}", timeout)["err_no"] == 0
+        return ask(url, None, timeout)["err_no"] == 0
     except ServerError:
         return False
 
@@ -80,13 +99,14 @@ def ready(url, timeout=5):
 def run(args, predict, ready):
     """The clients' common part; returns the exit status."""
     if args.ready:
-        print("ready" if ready(args.url) else "not ready")
-        return 0 if ready(args.url) else 1
+        is_ready = ready(args.url)
+        print("ready" if is_ready else "not ready")
+        return 0 if is_ready else 1
     texts = SAMPLES
     try:
         if args.data_file:
             with open(args.data_file, encoding="utf-8-sig") as file:
-                texts = file.read().splitlines()
+                texts = file.read().removesuffix("\n").split("\n")
         for start in range(0, len(texts), args.batch_size):
             chunk = texts[start : start + args.batch_size]
             for text, (labels, scores) in zip(chunk, predict(args.url, chunk, args.timeout)):

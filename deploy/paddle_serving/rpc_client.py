@@ -57,7 +57,7 @@ Request, Response = message_classes()
 
 def call(url, request, timeout):
     """The server's Response; raises ServerError."""
-    with grpc.insecure_channel(url) as channel:
+    with grpc.insecure_channel(url, [("grpc.enable_http_proxy", 0)]) as channel:
         inference = channel.unary_unary(METHOD, Request.SerializeToString, Response.FromString)
         try:
             return inference(request, timeout=timeout)
@@ -67,10 +67,10 @@ def call(url, request, timeout):
 
 
 def predict(url, texts, timeout=60):
-    """[(label names, scores)] of the texts, each text's labels in the order of label.txt."""
+    """[(label names, scores)] of a list of texts, labels in the order of label.txt."""
     value = json.dumps(texts, ensure_ascii=False)
     reply = call(url, Request(key=["sentence"], value=[value], name="seq_cls"), timeout)
-    return unpack(reply.err_no, reply.err_msg, reply.key, reply.value)
+    return unpack(reply.err_no, reply.err_msg, reply.key, reply.value, len(texts))
 
 
 def ready(url, timeout=5):

@@ -4,7 +4,9 @@
     python service.py --config config.yml
 
 The command runs the server in a child process, starts it anew when it is lost, and on SIGTERM lets
-it answer what it has accepted; nothing is left behind, not even after SIGKILL.
+it answer what it has accepted; nothing is left behind, not even after SIGKILL. HTTP is served by
+this file and not by Paddle Serving's gateway, which reads bodies of any size into memory, has no
+time limit, listens on all addresses and exists for x86 only.
 """
 
 import zlib  # noqa: F401  libpaddle exports zlib symbols of its own; loaded after it, zlib crashes
@@ -12,12 +14,14 @@ import json
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 import types
 from concurrent import futures
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import yaml
@@ -29,17 +33,21 @@ from utils import UserError, logger  # noqa: E402
 
 NAME = "seq_cls"  # of the service, in the path /seq_cls/prediction
 PREFIX = "float32"
-BAD_REQUEST = 51  # err_no; Paddle Serving keeps 51 to 99 for the application
+BAD_REQUEST, BUSY, NOT_READY = 51, 52, 53  # err_no; 51 to 99 are the application's
 BATCH_SIZE = 32  # texts per forward pass
-LIMITS = ("max_body_bytes", "max_texts", "max_text_bytes", "max_requests", "drain_seconds")
-QUICK_DEATH, MAX_QUICK_DEATHS = 20, 3  # seconds; then the supervisor gives up
+LIMITS = (
+    *("max_body_bytes", "max_texts", "max_text_bytes"),
+    *("max_requests", "receive_seconds", "drain_seconds"),
+)
+MAX_DISCARDED = 1 << 24  # bytes of a body that is too large
+MAX_FAILED_STARTS = 3  # in a row; then the supervisor gives up
 
 
 def parse_args(argv=None):
     parser = utils.new_parser(__doc__)
     add = parser.add_argument
     add("--config", default="config.yml", help="ports, limits, model, device")
-    add("--worker", action="store_true", help="used by service.py itself: the child process")
+    add("--worker", type=int, help="used by service.py itself: a pipe of the child process")
     return parser.parse_args(argv)
 
 
@@ -50,22 +58,33 @@ def read_config(path):
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
         op = config["op"][NAME]["local_service_conf"]
         limits = {name: config["limits"][name] for name in LIMITS}
-        numbers = {name: config[name] for name in ("rpc_port", "http_port", "worker_num")}
+        ports = {name: config[name] for name in ("rpc_port", "http_port")}
+        hosts = {name: config[name] for name in ("rpc_host", "http_host")}
         op["model_config"] = str(path.resolve().parent / op["model_config"])
-        device_type, config["dag"]["is_thread_op"] = op["device_type"], True
-        config["rpc_host"] = str(config.get("rpc_host", "0.0.0.0"))
+        device_type, devices = op["device_type"], op["devices"]
+        # One model, and one process with the op in a thread, so that there is one to watch.
+        config.update(worker_num=1, build_dag_each_worker=False)
+        config["dag"] = {"is_thread_op": True, "retry": 1, "use_profile": False, "tracer": {}}
+        config["op"][NAME].update(concurrency=1, batch_size=1, auto_batching_timeout=-1)
+        op.update(client_type="local_predictor")
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; check the path") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: {error} missing or malformed; compare config.yml") from error
-    for name, value in {**limits, **numbers}.items():
-        if not isinstance(value, int) or value < 1:
+    for name, value in {**limits, **ports}.items():
+        if type(value) is not int or value < 1:
             raise UserError(f"{path}: {name}: {value} is not a whole number above 0")
+    for name, value in hosts.items():
+        if not isinstance(value, str):
+            raise UserError(f"{path}: {name}: {value} is not an address such as 127.0.0.1")
+    if ports["rpc_port"] == ports["http_port"]:
+        raise UserError(f"{path}: rpc_port and http_port are the same")
     if device_type not in (0, 1):
         raise UserError(f"{path}: device_type {device_type}: 0 (CPU) and 1 (GPU) are supported")
-    config["build_dag_each_worker"] = False
+    if device_type == 1 and not str(devices).isdigit():
+        raise UserError(f'{path}: devices "{devices}": give the number of one GPU, such as "0"')
     return config
 
 
@@ -114,16 +133,18 @@ def import_pipeline():
         from paddle_serving_server.pipeline import pipeline_server
     except ImportError as error:
         raise UserError(f"{error}; install what requirements.txt lists") from error
-    # The library logs every request (512 MB in each of 20 files) and switches other loggers off.
+    # The library logs every request, in up to 16 GB of files, and switches other loggers off.
     logging.getLogger().setLevel(logging.WARNING)
+    for handler in logging.getLogger().handlers:
+        handler.maxBytes, handler.backupCount = 10_000_000, 3
     logger.disabled = False
     # A file for its own stop command, which leaves orphans; a broken one would prevent the start.
     pipeline_server.dump_pid_file = lambda *_: None
     return pipeline
 
 
-def make_server(config):
-    """(Paddle Serving's server with the DAG request - seq_cls - response, the op)."""
+def make_servicer(config):
+    """Paddle Serving's servicer of the DAG request - seq_cls - response, with the model loaded."""
     pipeline, limits = import_pipeline(), config["limits"]
     from paddle_serving_server.pipeline.pipeline_server import PipelineServer, PipelineServicer
     from paddle_serving_server.pipeline.proto import pipeline_service_pb2
@@ -141,6 +162,12 @@ def make_server(config):
             return {"texts": texts}, request.logid, None, ""
 
     class SeqCls(pipeline.Op):
+        ready = False
+
+        def start_with_thread(self):
+            self.threads = super().start_with_thread()
+            return self.threads
+
         def init_op(self):
             folder = Path(self.model_config)
             self.info, self.tokenizer = utils.read_model_info(folder), utils.load_tokenizer(folder)
@@ -152,7 +179,9 @@ def make_server(config):
 
         def preprocess(self, input_dicts, data_id=0, log_id=0):
             (request,) = input_dicts.values()
-            encoded, _ = utils.encode(request["texts"], self.tokenizer, self.info.max_seq_length)
+            encoded, length = [], self.info.max_seq_length
+            for texts in utils.chunks(request["texts"], 4):  # long ones would need much memory
+                encoded += utils.encode(texts, self.tokenizer, length)[0]
             return {"encoded": encoded}, False, None, ""
 
         def process(self, feed_batch, typical_logid=0):
@@ -168,27 +197,164 @@ def make_server(config):
             return reply, None, ""
 
     class Servicer(PipelineServicer):
+        """inference() is called by gRPC and by HTTP, each in a thread of its own."""
+
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.slots = threading.BoundedSemaphore(limits["max_requests"])
+
+        def alive(self):
+            return all(t.is_alive() for t in [*op.threads, self._dag_executor._recive_func])
+
+        def error(self, err_no, err_msg):
+            return pipeline_service_pb2.Response(err_no=err_no, err_msg=err_msg)
+
         def inference(self, request, context):
+            # The library would write a wrong name into its log, whatever its size.
+            if request.name not in ("", NAME) or request.method not in ("", "prediction", "ready"):
+                return self.error(BAD_REQUEST, f"use the service {NAME}, prediction or ready")
             if request.method == "ready":
-                return pipeline_service_pb2.Response(err_no=0 if op.ready else BAD_REQUEST)
-            if request.method not in ("", "prediction"):
-                message = f"no method {request.method}; use prediction or ready"
-                return pipeline_service_pb2.Response(err_no=BAD_REQUEST, err_msg=message)
-            return super().inference(request, context)
+                return self.error(0, "") if op.ready and self.alive() else self.error(NOT_READY, "")
+            if not self.slots.acquire(blocking=False):
+                return self.error(BUSY, "too many requests; come again")
+            try:
+                return super().inference(request, context)
+            finally:
+                self.slots.release()
 
     op = SeqCls(name=NAME, input_ops=[Request()])
-    op.ready = False
     server = PipelineServer(NAME)
     server.set_response_op(pipeline.ResponseOp(input_ops=[op]))
-    return server, Servicer
+    try:
+        server.prepare_server(yml_dict={k: v for k, v in config.items() if k != "http_port"})
+    except (SystemExit, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"config: {error}") from error
+    return Servicer(NAME, server._response_op, config)
 
 
-def worker(config):
+class HttpServer(ThreadingHTTPServer):
+    """POST /seq_cls/prediction and GET /seq_cls/ready, with the requests of Paddle Serving."""
+
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self, config, servicer):
+        self.servicer, self.limits = servicer, config["limits"]
+        self.stopping, self.active, self.lock = False, 0, threading.Lock()
+        self.connections = threading.BoundedSemaphore(2 * self.limits["max_requests"])
+        super().__init__((config["http_host"], config["http_port"]), HttpHandler)
+
+    def process_request(self, request, client_address):
+        if self.connections.acquire(blocking=False):
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request, client_address):
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self.connections.release()
+
+    def handle_error(self, request, client_address):
+        """A client that goes away is no event; the library would print a traceback."""
+
+    def count(self, change):
+        with self.lock:
+            self.active += change
+
+    def drain(self, seconds):
+        """Accepts no more, waits for the requests that are being answered."""
+        self.stopping = True
+        self.shutdown()
+        self.server_close()
+        deadline = time.monotonic() + seconds
+        while self.active and time.monotonic() < deadline:
+            time.sleep(0.05)
+
+
+class HttpHandler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"  # connections are kept
+    disable_nagle_algorithm = True
+
+    def setup(self):
+        self.timeout = self.server.limits["receive_seconds"]
+        super().setup()
+
+    def log_message(self, *_):
+        pass
+
+    def reply(self, status, err_no=BAD_REQUEST, err_msg="", key=(), value=()):
+        reply = {"err_no": err_no, "err_msg": err_msg, "key": [*key], "value": [*value]}
+        body = json.dumps(reply, ensure_ascii=False).encode()
+        self.close_connection |= self.server.stopping or status in (411, 413)
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json; charset=utf-8")
+        self.send_header("Content-Length", str(len(body)))
+        if self.close_connection:
+            self.send_header("Connection", "close")
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_GET(self):
+        from paddle_serving_server.pipeline.proto import pipeline_service_pb2
+
+        if self.path != f"/{NAME}/ready":
+            return self.reply(404, err_msg=f"use POST /{NAME}/prediction or GET /{NAME}/ready")
+        request = pipeline_service_pb2.Request(method="ready")
+        err_no = self.server.servicer.inference(request, None).err_no
+        err_no = NOT_READY if self.server.stopping else err_no
+        self.reply(503 if err_no else 200, err_no)
+
+    def do_POST(self):
+        self.server.count(1)
+        try:
+            self.answer()
+        finally:
+            self.server.count(-1)
+
+    def answer(self):
+        length, most = self.headers.get("Content-Length", ""), self.server.limits["max_body_bytes"]
+        if not length.isdecimal() or "Transfer-Encoding" in self.headers:
+            return self.reply(411, err_msg="send a body with Content-Length")
+        if int(length) > most:
+            rest = min(int(length), MAX_DISCARDED)  # most clients read an answer only after that
+            while rest > 0 and (part := self.rfile.read(min(rest, 1 << 16))):
+                rest -= len(part)
+            return self.reply(413, err_msg=f"the body has {length} bytes; at most {most}")
+        body = self.rfile.read(int(length))
+        if self.path != f"/{NAME}/prediction":
+            return self.reply(404, err_msg=f"use POST /{NAME}/prediction or GET /{NAME}/ready")
+        if len(body) < int(length):
+            self.close_connection = True  # the client has gone
+            return None
+        from paddle_serving_server.pipeline.proto import pipeline_service_pb2
+
+        try:
+            content = json.loads(body.decode("utf-8"))
+            if not isinstance(content, dict):
+                raise TypeError("not an object")
+            key, value = content.get("key", []), content.get("value", [])
+            if not isinstance(key, list) or not isinstance(value, list):
+                raise TypeError("key and value must be lists")
+            request = pipeline_service_pb2.Request(key=key, value=value)
+        except (ValueError, TypeError, RecursionError) as error:
+            return self.reply(400, err_msg=f"the body is not a request in UTF-8 JSON: {error}")
+        if "tensors" in content:
+            return self.reply(400, err_msg="tensors are not accepted")
+        if self.server.stopping:
+            return self.reply(503, NOT_READY, "the server is stopping")
+        answer = self.server.servicer.inference(request, None)
+        status = {0: 200, BAD_REQUEST: 400, BUSY: 429}.get(answer.err_no, 500)
+        self.reply(status, answer.err_no, answer.err_msg, answer.key, answer.value)
+
+
+def worker(config, pipe):
     """Serves until SIGTERM, then answers what was accepted. Ends with the supervisor."""
     threading.Thread(target=end_with_supervisor, daemon=True).start()
-    op = config["op"][NAME]["local_service_conf"]
+    op, limits = config["op"][NAME]["local_service_conf"], config["limits"]
     check_model(op["model_config"])
-    server, servicer_class = make_server(config)
+    servicer = make_servicer(config)
     import grpc
     import paddle
     from paddle_serving_server.pipeline.proto import pipeline_service_pb2_grpc
@@ -197,37 +363,34 @@ def worker(config):
         raise UserError("device_type 1: this PaddlePaddle has no GPU support")  # it would use CPUs
     stopping = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stopping.set())  # after Paddle has set its own
-    server.prepare_server(yml_dict=config)
-    rpc_port, http_port = config["rpc_port"], config["http_port"]
-    server._run_grpc_gateway(rpc_port, http_port)  # a child process; before gRPC has threads
-    limits = config["limits"]
     rpc = grpc.server(
-        futures.ThreadPoolExecutor(config["worker_num"]),
+        # More than max_requests, so that `ready` has a thread while all others are busy.
+        futures.ThreadPoolExecutor(limits["max_requests"] + 4),
         options=[
             ("grpc.max_receive_message_length", limits["max_body_bytes"]),
             ("grpc.so_reuseport", 0),
         ],
-        maximum_concurrent_rpcs=limits["max_requests"],
     )
-    servicer = servicer_class(NAME, server._response_op, config)
     pipeline_service_pb2_grpc.add_PipelineServiceServicer_to_server(servicer, rpc)
-    rpc.add_insecure_port(f"{config['rpc_host']}:{rpc_port}")
+    rpc.add_insecure_port(f"{config['rpc_host']}:{config['rpc_port']}")
+    http = HttpServer(config, servicer)
+    threading.Thread(target=http.serve_forever, args=(0.1,), daemon=True).start()
     rpc.start()
-    logger.info("Serving on gRPC port %d and HTTP port %d", rpc_port, http_port)
-    gateway = server._proxy_server
-    while gateway.is_alive() and not stopping.wait(0.2):
+    os.write(pipe, b"1")
+    logger.info("Serving: gRPC port %d, HTTP port %d", config["rpc_port"], config["http_port"])
+    while servicer.alive() and not stopping.wait(0.2):
         pass
-    lost = not gateway.is_alive()
-    rpc.stop(limits["drain_seconds"]).wait()
-    time.sleep(0.5)  # the gateway passes the last answers on
-    gateway.kill()
+    lost = not servicer.alive()
+    end = rpc.stop(limits["drain_seconds"])
+    http.drain(limits["drain_seconds"])
+    end.wait()
     logging.shutdown()
     os._exit(1 if lost else 0)  # Paddle Serving's threads would go on
 
 
 def end_with_supervisor():
     """The supervisor holds the other end of stdin; it is closed when that process is gone."""
-    os.read(0, 1)  # sys.stdin would be locked in the gateway's process, which closes it
+    os.read(0, 1)
     os.killpg(0, signal.SIGKILL)
 
 
@@ -243,31 +406,36 @@ def supervise(config, config_path):
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
-    quick_deaths = 0
+    failed_starts = 0
     while not stopping.is_set():
-        start = time.monotonic()
+        reading, writing = os.pipe()
         command = [sys.executable, str(Path(__file__).resolve()), "--config", config_path]
         # A session of its own: Paddle Serving kills its whole process group when it fails to start.
         worker = subprocess.Popen(
-            [*command, "--worker"], stdin=subprocess.PIPE, start_new_session=True
+            [*command, "--worker", str(writing)],
+            stdin=subprocess.PIPE,
+            start_new_session=True,
+            pass_fds=[writing],
         )
+        os.close(writing)
         if stopping.is_set():
             worker.terminate()
         status = wait(worker, stopping, config["limits"]["drain_seconds"])
-        kill_group(worker.pid)  # the gateway outlives a worker that was killed
+        kill_group(worker.pid)
         if stopping.is_set():
-            return status
+            return 1 if status is None else 0
         if status == 2:
             return 2  # the worker has said why
-        quick_deaths = quick_deaths + 1 if time.monotonic() - start < QUICK_DEATH else 0
-        if quick_deaths == MAX_QUICK_DEATHS:
-            raise UserError("the server ends as soon as it starts; see PipelineServingLogs/")
+        failed_starts = 0 if os.read(reading, 1) else failed_starts + 1
+        os.close(reading)
+        if failed_starts == MAX_FAILED_STARTS:
+            raise UserError("the server ends as soon as it starts; see above")
         logger.error("The server was lost (exit status %d); it is started anew", status)
     return 0
 
 
 def wait(worker, stopping, drain_seconds):
-    """Exit status of the worker; after a stop it has `drain_seconds` and is then killed."""
+    """Exit status of the worker; None if it does not end after a stop and has to be killed."""
     while not stopping.is_set():
         try:
             return worker.wait(timeout=0.2)
@@ -277,7 +445,7 @@ def wait(worker, stopping, drain_seconds):
         return worker.wait(timeout=drain_seconds + 10)
     except subprocess.TimeoutExpired:
         logger.error("The server did not end in time and is killed")
-        return 1
+        return None
 
 
 def kill_group(pid):
@@ -290,23 +458,23 @@ def kill_group(pid):
 def main(argv=None):
     args = parse_args(argv)
     config = read_config(args.config)
-    if args.worker:
-        return worker(config)
+    if args.worker is not None:
+        return worker(config, args.worker)
     check_model(config["op"][NAME]["local_service_conf"]["model_config"])
-    for name in ("rpc_port", "http_port"):
-        check_port(name, config[name])
+    for kind in ("rpc", "http"):
+        check_port(kind, config[f"{kind}_host"], config[f"{kind}_port"])
     sys.exit(supervise(config, args.config))
 
 
-def check_port(name, port):
-    import socket
-
+def check_port(kind, host, port):
+    """Raises UserError if a server can't listen there."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind(("", port))
+            probe.bind((host, port))
+            probe.listen()
         except (OSError, OverflowError) as error:
-            raise UserError(f"{name} {port} cannot be used: {error}") from error
+            raise UserError(f"{kind}_host {host}, {kind}_port {port}: {error}") from error
 
 
 if __name__ == "__main__":
