@@ -1,0 +1,48 @@
+"""Logits to label names and probabilities; the same decision as metric.decode.
+
+Reads settings.json beside it, which make_repository.py wrote from the bundle.
+"""
+
+import json
+import os
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+
+class TritonPythonModel:
+    def initialize(self, args):
+        path = os.path.join(pb_utils.get_model_dir(), "settings.json")
+        with open(path, encoding="utf-8") as file:
+            settings = json.load(file)
+        self.labels = settings["labels"]
+        self.thresholds = np.array(settings["thresholds"], dtype=np.float32)
+
+    def execute(self, requests):
+        """One response per request."""
+        return [self.respond(request) for request in requests]
+
+    def respond(self, request):
+        logits = pb_utils.get_input_tensor_by_name(request, "logits").as_numpy()
+        names, confidence = self.decode(logits)
+        return pb_utils.InferenceResponse(
+            [pb_utils.Tensor("label", names), pb_utils.Tensor("confidence", confidence)]
+        )
+
+    def decode(self, logits):
+        """Logits [rows, classes] to names (UTF-8 bytes) and probabilities, both [rows, columns].
+
+        A row holds its labels in the order of the classes, then b"" and 0 up to the most labels of
+        a row. There is at least one column, so that no label is an ordinary answer.
+        """
+        # The sigmoid written with tanh, so that nothing overflows; see metric.probabilities.
+        probs = 0.5 * (1.0 + np.tanh(0.5 * logits.astype(np.float32)))
+        decisions = probs > self.thresholds
+        columns = max(1, decisions.sum(axis=1).max())
+        names = np.full((len(logits), columns), b"", dtype=np.object_)
+        confidence = np.zeros((len(logits), columns), dtype=np.float32)
+        for row, decided in enumerate(decisions):
+            given = np.flatnonzero(decided)
+            names[row, : len(given)] = [self.labels[i].encode("utf-8") for i in given]
+            confidence[row, : len(given)] = probs[row, given]
+        return names, confidence

@@ -1,0 +1,797 @@
+"""deploy/triton_serving against a real tritonserver: predict.py's answers, faults, drain, recovery.
+
+The server is that of the PyPI package nvidia-pytriton; only its onnxruntime backend is a stand-in.
+"""
+
+import ast
+import http.client
+import itertools
+import json
+import os
+import random
+import re
+import runpy
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import types
+
+import make_repository
+import numpy as np
+import pytest
+from conftest import REPO, SAMPLE
+from test_docs import commands
+
+import metric
+import predict
+import utils
+
+try:
+    import grpc
+    import triton_server
+    from seqcls_grpc_client import Client, ClientError
+    from tritonclient import grpc as triton_grpc
+    from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+    HAS_SERVER = triton_server.package_folder() is not None
+except ImportError:
+    HAS_SERVER = False
+
+FOLDER = REPO / "deploy" / "triton_serving"
+LABELS = utils.read_labels(SAMPLE / "label.txt")
+TEXTS, _ = utils.read_examples(SAMPLE / "dev.txt", LABELS)
+PROTOCOLS = ["grpc", "http"]
+LIMIT = 100_000  # bytes of a text, the default of make_repository.py
+SEED = 20221101
+
+
+@pytest.fixture(scope="module")
+def real_server():
+    """Skips, or fails under REQUIRE_SHARED, where the server's package is not installed."""
+    if not HAS_SERVER:
+        why = "nvidia-pytriton or tritonclient is not installed (see Makefile)"
+        if os.environ.get("REQUIRE_SHARED"):
+            pytest.fail(f"REQUIRE_SHARED is set and {why}")
+        pytest.skip(why)
+
+
+@pytest.fixture(scope="module")
+def repository(bundle, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("triton") / "model_repository"
+    make_repository.main(argv(bundle, folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(real_server, repository):
+    """The server that most tests share; each leaves it alive and right."""
+    with triton_server.TritonServer(repository) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def expected(checkpoint, tmp_path_factory):
+    """What predict.py gives for the dev texts: {text: (label names, their probabilities)}."""
+    folder = tmp_path_factory.mktemp("expected")
+    (folder / "data.txt").write_text("\n".join([*TEXTS, "", ""]), encoding="utf-8")
+    flags = ["--device", "cpu", "--dataset_dir", folder, "--params_path", checkpoint]
+    flags += ["--output_file", folder / "o.jsonl", "--output_scores"]
+    predict.main([str(flag) for flag in flags])
+    rows = [json.loads(line) for line in open(folder / "o.jsonl", encoding="utf-8")]
+    return {r["text"]: (r["labels"], [r["scores"][n] for n in r["labels"]]) for r in rows}
+
+
+@pytest.fixture
+def right(server, expected):
+    """right() fails unless the shared server answers correctly, with the processes it had."""
+    before = set(server.processes())
+
+    def check():
+        assert_same(new_client(server).classify(TEXTS[:8]), TEXTS[:8], expected)
+        assert server.ready() and set(server.processes()) == before, server.log()[-3000:]
+
+    return check
+
+
+def argv(bundle, folder, *extra):
+    args = ["--model_path_prefix", bundle / "float32", "--output_dir", folder, *extra]
+    return [str(a) for a in args]
+
+
+def new_client(server, protocol="grpc", **kwargs):
+    url = server.grpc_url if protocol == "grpc" else server.http_url
+    return Client(url, protocol, **kwargs)
+
+
+def assert_same(answers, texts, expected):
+    """Same labels, scores within 1e-4."""
+    assert len(answers) == len(texts)
+    for (names, scores), text in zip(answers, texts):
+        assert names == expected[text][0]
+        np.testing.assert_allclose(scores, expected[text][1], rtol=0, atol=1e-4)
+
+
+def load_model(folder):
+    """The Python model in a version folder, outside the server: pb_utils is a plain stand-in."""
+    fake = types.ModuleType("triton_python_backend_utils")
+    fake.get_model_dir = lambda: str(folder)
+    fake.Tensor = lambda name, array: types.SimpleNamespace(name=name, as_numpy=lambda: array)
+    fake.TritonError = lambda message, code: (code, message)
+    fake.TritonError.INVALID_ARG, fake.TritonError.UNAVAILABLE = "INVALID_ARG", "UNAVAILABLE"
+    fake.InferenceResponse = lambda tensors=(), error=None: types.SimpleNamespace(
+        tensors={t.name: t.as_numpy() for t in tensors}, error=error, has_error=lambda: bool(error)
+    )
+    fake.get_input_tensor_by_name = lambda request, name: fake.Tensor(name, request[name])
+    sys.modules[fake.__name__] = fake
+    try:
+        model = runpy.run_path(str(folder / "model.py"))["TritonPythonModel"]()
+    finally:
+        del sys.modules[fake.__name__]
+    model.initialize({})
+    return model
+
+
+# ------------------------------------------------------------- what the models repeat, unserved
+def text_request(*texts):
+    raw = [t.encode("utf-8") if isinstance(t, str) else t for t in texts]
+    return {"text": np.array(raw, dtype=np.object_).reshape(-1, 1)}
+
+
+def test_tokenizer_gives_the_ids_of_utils(repository, bundle):
+    model = load_model(repository / "tokenizer" / "1")
+    tokenizer, longest = utils.load_tokenizer(bundle), utils.read_model_info(bundle).max_seq_length
+    odd = ["", " ", "[SEP]离婚[PAD]", "長" * 300, "ＡＢ㎡♥\u3007café\u0000x", "a" * 150, "\u200b"]
+    for texts in ([*odd, *TEXTS[:20]], TEXTS[:3], [""], ["短"]):
+        ids, _ = utils.encode(texts, tokenizer, longest)
+        (response,) = model.execute([text_request(*texts)])
+        ours, wanted = response.tensors["input_ids"], utils.pad(ids)["input_ids"]
+        width = wanted.shape[1]
+        assert ours.dtype == np.int64 and np.array_equal(ours[:, :width], wanted)
+        assert not ours[:, width:].any() and ours.shape[1] == min(-(-width // 16) * 16, longest)
+        assert not response.tensors["token_type_ids"].any()
+        assert response.tensors["token_type_ids"].shape == ours.shape
+
+
+@pytest.mark.parametrize("tuned", [False, True])
+def test_postprocess_decides_like_metric(repository, tmp_path, tuned):
+    folder = shutil.copytree(repository / "seqcls_postprocess" / "1", tmp_path / "1")
+    rng = np.random.default_rng(SEED)
+    logits = rng.normal(0, 4, (200, len(LABELS))).astype(np.float32)
+    logits[0], logits[1], logits[2], logits[3] = 0.0, -1e5, 1e5, -0.0
+    probs = metric.probabilities(logits)
+    thresholds = None
+    if tuned:  # some of them are probabilities that occur: the comparison is strict
+        thresholds = [float(p) for p in probs[5:25].diagonal()]
+        settings = {"labels": LABELS, "thresholds": thresholds}
+        (folder / "settings.json").write_text(json.dumps(settings), encoding="utf-8")
+    model = load_model(folder)
+    decisions = metric.decode(probs, thresholds)
+    (response,) = model.execute([{"logits": logits}])
+    label, confidence = response.tensors["label"], response.tensors["confidence"]
+    assert label.shape == confidence.shape == (200, decisions.sum(axis=1).max())
+    for row, names in enumerate(metric.label_names(decisions, LABELS)):
+        count = len(names)
+        assert [name.decode("utf-8") for name in label[row, :count]] == names
+        assert not any(label[row, count:]) and not confidence[row, count:].any()
+        assert np.array_equal(confidence[row, :count], probs[row, decisions[row]])
+    (nothing,) = model.execute([{"logits": np.full((2, len(LABELS)), -9, np.float32)}])
+    assert nothing.tensors["label"].tolist() == [[b""], [b""]]
+
+
+def test_requests_of_one_batch_are_answered_each_on_its_own(repository, tmp_path, monkeypatch):
+    model = load_model(repository / "tokenizer" / "1")
+    good, other = text_request("婚后育有一子。"), text_request(*TEXTS[:3])
+    bad = text_request("好", b"ab\xff"), text_request("长" * (LIMIT // 3), "长" * (LIMIT // 3 + 1))
+    first, utf8, long, last = model.execute([good, *bad, other])
+    assert len(first.tensors["input_ids"]) == 1 and len(last.tensors["input_ids"]) == 3
+    where = "text 2 of the request is not valid UTF-8 (byte 0xff at position 3)"
+    assert utf8.error == ("INVALID_ARG", where)
+    assert long.error[1] == f"text 2 of the request has {LIMIT + 2} bytes; the limit is {LIMIT}"
+    # What has begun is counted, and nothing begins once the server is to stop; see serve.py.
+    monkeypatch.setenv("SEQCLS_DRAIN_DIR", str(tmp_path))
+    model = load_model(repository / "tokenizer" / "1")
+    model.execute([good, *bad, other])
+    (tmp_path / "draining").touch()
+    assert {r.error for r in model.execute([good, other])} == {
+        ("UNAVAILABLE", "the server is stopping")
+    }
+    assert [int(path.read_bytes()) for path in tmp_path.glob("begun.*")] == [2]
+
+
+def imports(path):
+    tree = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    nodes = [n for n in tree if isinstance(n, ast.Import | ast.ImportFrom)]
+    names = [n.module if isinstance(n, ast.ImportFrom) else n.names[0].name for n in nodes]
+    return {name.split(".")[0] for name in names}
+
+
+def test_served_and_copied_files_need_nothing_of_the_project(repository):
+    for path in repository.glob("*/1/*.py"):
+        allowed = {"json", "os", "numpy", "tokenizers", "triton_python_backend_utils"}
+        assert imports(path) <= allowed
+    standard = set(sys.stdlib_module_names)
+    assert imports(FOLDER / "serve.py") <= standard
+    assert imports(FOLDER / "seqcls_grpc_client.py") <= standard | {"numpy", "tritonclient"}
+
+
+README = "deploy/triton_serving/README.md"
+
+
+def test_readme_names_every_flag_and_links_to_files():
+    text = (REPO / README).read_text(encoding="utf-8")
+    for script in ("make_repository.py", "serve.py", "seqcls_grpc_client.py"):
+        command = [sys.executable, FOLDER / script, "--help"]
+        shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        flags = re.findall(r"^  (?:--)?(\w+)", shown, re.M)
+        assert {flag for flag in flags if f"`{flag}`" not in text} == set()
+        assert len(flags) > 4 and shown.count("(default:") == len(flags)
+    for target in re.findall(r"\]\(([^)]+)\)", text):
+        assert (FOLDER / target).exists(), target
+
+
+def test_readme_command(bundle, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (command,) = (c for c in commands(README) if c[0] == "python")
+    shutil.copytree(bundle, tmp_path / "export")
+    make_repository.main(command[2:])
+    assert (tmp_path / "model_repository" / "seqcls_model" / "1" / "model.onnx").exists()
+
+
+# --------------------------------------------------------------------------- make_repository.py
+def listing(folder):
+    return {
+        p.relative_to(folder).as_posix() for p in folder.rglob("*") if "__pycache__" not in str(p)
+    }
+
+
+def test_repository_is_complete(repository, bundle):
+    assert listing(repository) == {
+        *("seqcls", "seqcls/config.pbtxt", "seqcls/1"),
+        *("seqcls_model", "seqcls_model/config.pbtxt", "seqcls_model/1"),
+        "seqcls_model/1/model.onnx",
+        *("tokenizer", "tokenizer/config.pbtxt", "tokenizer/1", "tokenizer/1/model.py"),
+        *("tokenizer/1/tokenizer.json", "tokenizer/1/settings.json"),
+        *("seqcls_postprocess", "seqcls_postprocess/config.pbtxt", "seqcls_postprocess/1"),
+        *("seqcls_postprocess/1/model.py", "seqcls_postprocess/1/settings.json"),
+    }
+    served = (repository / "seqcls_model" / "1" / "model.onnx").read_bytes()
+    assert served == (bundle / "model.onnx").read_bytes()
+    limits = utils.read_json(repository / "tokenizer" / "1" / "settings.json")
+    assert limits == {"max_seq_length": 128, "max_text_bytes": LIMIT}
+
+
+@pytest.mark.parametrize("precision, device", [("fp32", "gpu"), ("fp16", "gpu"), ("int8", "cpu")])
+def test_precision_and_device(bundle, tmp_path, precision, device):
+    own = shutil.copytree(bundle, tmp_path / "bundle")
+    config = {**utils.read_json(own / "config.json"), "thresholds": [0.25] * len(LABELS)}
+    (own / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    flags = ["--precision", precision, "--device", device, "--max_text_bytes", "77"]
+    make_repository.main(argv(own, tmp_path / "new" / "repository", *flags))
+    made = tmp_path / "new" / "repository"
+    served = (made / "seqcls_model" / "1" / "model.onnx").read_bytes()
+    assert served == (own / utils.ONNX_FILES[precision]).read_bytes()
+    text = (made / "seqcls_model" / "config.pbtxt").read_text()
+    assert f"kind: KIND_{device.upper()}" in text and f"dims: [ {len(LABELS)} ]" in text
+    for name in ("tokenizer", "seqcls_postprocess"):
+        assert "kind: KIND_CPU" in (made / name / "config.pbtxt").read_text()
+    rule = utils.read_json(made / "seqcls_postprocess" / "1" / "settings.json")
+    assert rule == {"labels": LABELS, "thresholds": [0.25] * len(LABELS)}
+    assert utils.read_json(made / "tokenizer" / "1" / "settings.json")["max_text_bytes"] == 77
+
+
+BAD_FLAGS = {
+    "fp16 on the CPU": (["--precision", "fp16"], "--precision fp16 needs --device gpu"),
+    "int8 on a GPU": (["--precision", "int8", "--device", "gpu"], "int8 needs --device cpu"),
+    "a folder as prefix": (["--model_path_prefix", str(REPO)], "is a folder; give the prefix"),
+    "no bundle": (["--model_path_prefix", "nowhere/float32"], "nowhere: no such folder"),
+    "wrong prefix": (["--model_path_prefix", "BUNDLE/float"], "float.pdmodel: no such file"),
+    "other files": (["--output_dir", str(REPO / "data")], "which is no part of this repository"),
+    "a file": (["--output_dir", str(REPO / "LICENSE")], "it is a file; give a folder"),
+    "below a file": (["--output_dir", str(REPO / "LICENSE" / "x")], "nothing was replaced"),
+}
+
+
+@pytest.mark.parametrize("flags, message", BAD_FLAGS.values(), ids=BAD_FLAGS)
+def test_bad_flags(bundle, tmp_path, run_cli, flags, message):
+    flags = [flag.replace("BUNDLE", str(bundle)) for flag in flags]
+    status, err = run_cli(make_repository.main, argv(bundle, tmp_path / "r", *flags))
+    assert status == 2 and message in err and len(err.splitlines()) == 1, err
+    assert not list(tmp_path.iterdir())
+
+
+def test_broken_bundle_leaves_the_old_repository(bundle, repository, tmp_path, run_cli):
+    old = shutil.copytree(repository, tmp_path / "repository")
+    own = shutil.copytree(bundle, tmp_path / "bundle")
+    (own / "vocab.txt").write_text("[PAD]\n", encoding="utf-8")
+    status, err = run_cli(make_repository.main, argv(own, old))
+    assert status == 2 and "vocab.txt: [CLS], [SEP], [MASK], [UNK] missing" in err
+    assert listing(old) == listing(repository)
+    assert {p.name for p in tmp_path.iterdir()} == {"repository", "bundle"}
+
+
+def test_full_disk_leaves_the_old_repository(bundle, repository, tmp_path, run_cli, monkeypatch):
+    old = shutil.copytree(repository, tmp_path / "repository")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(make_repository, "sync", full)
+    status, err = run_cli(make_repository.main, argv(bundle, old))
+    assert status == 2 and "No space left on device; nothing was replaced" in err
+    assert listing(old) == listing(repository) and [p.name for p in tmp_path.iterdir()] == [
+        old.name
+    ]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_interrupted_make(bundle, repository, tmp_path, number):
+    """It is stopped where all but the renaming is done; the next run replaces the old folder."""
+    old = shutil.copytree(repository, tmp_path / "repository")
+    code = (
+        "import sys, time; sys.path.insert(0, sys.argv[1]); import make_repository, utils\n"
+        "make_repository.sync = lambda path: (print('written', flush=True), time.sleep(60))\n"
+        "utils.cli(lambda: make_repository.main(sys.argv[2:]))\n"
+    )
+    flags = argv(bundle, old, "--max_text_bytes", 5)
+    command = [sys.executable, "-c", code, str(FOLDER), *flags]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"written\n"
+        process.send_signal(number)
+    assert process.returncode == (143 if number == signal.SIGTERM else -9)
+    assert listing(old) == listing(repository)
+    make_repository.main(flags)
+    assert utils.read_json(old / "tokenizer" / "1" / "settings.json")["max_text_bytes"] == 5
+    assert [p.name for p in tmp_path.iterdir()] == [old.name]
+
+
+def test_killed_between_the_renames(bundle, repository, tmp_path, run_cli):
+    shutil.copytree(repository, tmp_path / ".repository.old.tmp")
+    own = argv(bundle, tmp_path / "repository", "--model_path_prefix", "nowhere/float32")
+    assert run_cli(make_repository.main, own)[0] == 2
+    assert listing(tmp_path / "repository") == listing(repository)
+    assert [p.name for p in tmp_path.iterdir()] == ["repository"]
+
+
+# ----------------------------------------------------------------------------- the same answers
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("batch_size", [1, 32, 64])
+def test_dev_set_like_predict(server, expected, protocol, batch_size):
+    client = new_client(server, protocol)
+    client.check_ready()
+    for texts in utils.chunks(TEXTS, batch_size):
+        assert_same(client.classify(texts), texts, expected)
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_empty_text_and_no_label_are_ordinary(server, expected, protocol):
+    client = new_client(server, protocol)
+    assert_same(client.classify([""]), [""], expected)
+    # An empty HTTP body is a request in Triton's raw form: one text, which is empty.
+    assert post(server, INFER, b"")[0] == 200
+    few = ["", TEXTS[0], "\0", "长" * (LIMIT // 3)]
+    assert client.classify(few)[1][0] == expected[TEXTS[0]][0]
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_no_label_above_the_threshold(real_server, bundle, tmp_path, protocol, own_thresholds):
+    answers = new_client(own_thresholds, protocol).classify(TEXTS[:3])
+    assert answers == [([], [])] * 3
+
+
+@pytest.fixture(scope="module")
+def own_thresholds(real_server, bundle, tmp_path_factory):
+    """A server of int8 weights whose thresholds nothing reaches."""
+    folder = tmp_path_factory.mktemp("strict")
+    own = shutil.copytree(bundle, folder / "bundle")
+    config = {**utils.read_json(own / "config.json"), "thresholds": [1.0] * len(LABELS)}
+    (own / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    make_repository.main(argv(own, folder / "repository", "--precision", "int8"))
+    with triton_server.TritonServer(folder / "repository") as server:
+        yield server
+
+
+def run_client(folder, *flags):
+    """The client script alone in a folder, as on another machine."""
+    shutil.copy(FOLDER / "seqcls_grpc_client.py", folder)
+    command = [sys.executable, "seqcls_grpc_client.py", *map(str, flags)]
+    run = subprocess.run(command, cwd=folder, capture_output=True, timeout=60)
+    return run.returncode, run.stdout.decode("utf-8"), run.stderr.decode("utf-8")
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_client_prints(server, expected, tmp_path, protocol):
+    url = server.grpc_url if protocol == "grpc" else server.http_url
+    flags = ["--protocol", protocol, "--url", url]
+    (tmp_path / "texts.txt").write_bytes("\ufeff".encode() + "\r\n".join(TEXTS[:5]).encode())
+    status, out, err = run_client(tmp_path, *flags, "--data_file", "texts.txt", "--batch_size", 2)
+    assert (status, err) == (0, "")
+    for text, lines in zip(TEXTS, utils.chunks(out.splitlines(), 4), strict=False):
+        names, scores = expected[text]
+        assert lines[0] == f"text:  {text}" and lines[1] == f"label:  {','.join(names)}"
+        printed = [float(s) for s in lines[2].removeprefix("confidence:  ").split(",") if s]
+        np.testing.assert_allclose(printed, scores, atol=6e-4)
+        assert lines[3] == "-" * 20
+    assert len(out.splitlines()) == 20
+    assert run_client(tmp_path, *flags)[1].count("label: ") == 4  # built-in samples
+
+
+def test_client_prints_a_text_without_labels(own_thresholds, tmp_path):
+    status, out, _ = run_client(tmp_path, "--url", own_thresholds.grpc_url)
+    assert status == 0 and out.splitlines()[1:3] == ["label:  ", "confidence:  "]
+
+
+def test_client_errors(server, tmp_path):
+    (free,) = triton_server.free_ports(1)
+    (tmp_path / "bad.txt").write_bytes(b"good\n\xff\n")
+    (tmp_path / "long.txt").write_text("短\n" * 3 + "长" * LIMIT, encoding="utf-8")
+    at = {"grpc": server.grpc_url, "http": server.http_url}
+    grpc, http_ = (["--protocol", name, "--url", url] for name, url in at.items())
+    for flags, message in [
+        (["--url", f"127.0.0.1:{free}"], f"no answer from 127.0.0.1:{free} over grpc"),
+        (["--protocol", "http", "--url", f"127.0.0.1:{free}"], "Connection refused"),
+        (["--url", at["http"]], "is this its grpc port?"),
+        (["--protocol", "http", "--url", at["grpc"]], "is this its http port?"),
+        (["--url", f"http://{at['http']}"], "give host:port, without http://"),
+        ([*grpc, "--model_name", "nope"], "has no model 'nope' ready"),
+        ([*http_, "--model_name", "nope"], "has no model 'nope' ready"),
+        ([*grpc, "--data_file", "missing.txt"], "missing.txt"),
+        ([*grpc, "--data_file", "bad.txt"], "bad.txt:2: not valid UTF-8"),
+        ([*http_, "--data_file", "long.txt"], f"texts 1 to 4: the server at {at['http']}"),
+        ([*grpc, "--data_file", "long.txt", "--batch_size", 3], "texts 4 to 4: "),
+    ]:
+        status, _, err = run_client(tmp_path, *flags)
+        assert status == 2 and message in err and len(err.splitlines()) == 1, (flags, err)
+
+
+# ----------------------------------------------------------------------------------------- faults
+def post(server, path, body, headers=None):
+    """(status, JSON reply) of one HTTP request."""
+    connection = http.client.HTTPConnection(server.http_url, timeout=30)
+    try:
+        connection.request("POST", path, body, headers or {})
+        reply = connection.getresponse()
+        raw = reply.read()
+        return reply.status, json.loads(raw) if reply.status != 200 else raw
+    finally:
+        connection.close()
+
+
+def json_body(name="INPUT", shape=(1, 1), datatype="BYTES", data=("婚后",)):
+    tensor = {"name": name, "shape": list(shape), "datatype": datatype, "data": list(data)}
+    return json.dumps({"inputs": [tensor]}).encode()
+
+
+INFER = "/v2/models/seqcls/infer"
+BAD_BODIES = {  # what Triton itself cannot parse it answers with 500, what it can with 400
+    "malformed JSON": (INFER, b'{"inputs": [', 500, "failed to parse the request JSON"),
+    "JSON of another kind": (INFER, b"[1, 2]", 500, "inputs"),
+    "no inputs": (INFER, b'{"inputs": []}', 400, "expected 1 inputs but got 0"),
+    "wrong key": (INFER, b'{"texts": ["a"]}', 500, "inputs"),
+    "wrong input name": (INFER, json_body(name="TEXT"), 400, "TEXT"),
+    "wrong dtype": (INFER, json_body(datatype="INT64", data=[1]), 400, "INT64"),
+    "numbers for texts": (INFER, json_body(data=[1]), 500, "as string"),
+    "wrong shape": (INFER, json_body(shape=[1, 2], data=["a", "b"]), 400, "shape"),
+    "no batch dimension": (INFER, json_body(shape=[1]), 400, "shape"),
+    "fewer texts than the shape says": (
+        INFER,
+        json_body(shape=[3, 1]),
+        400,
+        "expected 3 string elements",
+    ),
+    "negative shape": (INFER, json_body(shape=[-1, 1]), 500, "shape"),
+    "empty batch": (INFER, json_body(shape=[0, 1], data=[]), 400, "expected 1 string elements"),
+    "65 texts": (INFER, json_body(shape=[65, 1], data=["a"] * 65), 400, "must be <= 64"),
+    "unknown model": ("/v2/models/nope/infer", json_body(), 404, "unknown model"),
+    "unknown version": ("/v2/models/seqcls/versions/9/infer", json_body(), 404, "version"),
+    "10 MB text": (INFER, json_body(data=["a" * 10_000_000]), 400, f"the limit is {LIMIT}"),
+    "10 MB of noise": (INFER, random.Random(SEED).randbytes(10_000_000), 500, "parse"),
+}
+
+
+@pytest.mark.parametrize("path, body, status, message", BAD_BODIES.values(), ids=BAD_BODIES)
+def test_bad_http_requests(server, right, path, body, status, message):
+    found, reply = post(server, path, body)
+    assert found == status and message in reply["error"], reply
+    right()
+
+
+def infer(server, raw, shape=None, name="INPUT", datatype="BYTES", model="seqcls"):
+    """One gRPC request of raw input bytes, not checked by any client library."""
+    shape = shape or [1, 1]
+    tensor = service_pb2.ModelInferRequest.InferInputTensor(
+        name=name, datatype=datatype, shape=shape
+    )
+    request = service_pb2.ModelInferRequest(
+        model_name=model, inputs=[tensor], raw_input_contents=[raw]
+    )
+    with grpc.insecure_channel(server.grpc_url) as channel:
+        return service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelInfer(request, timeout=30)
+
+
+def packed(*texts):
+    """Texts as Triton packs them: the length in 4 bytes, then the bytes."""
+    raw = [text.encode("utf-8") if isinstance(text, str) else text for text in texts]
+    return b"".join(len(text).to_bytes(4, "little") + text for text in raw)
+
+
+BAD_TENSORS = {
+    "wrong name": (dict(raw=packed("a"), name="TEXT"), "INVALID_ARGUMENT", "TEXT"),
+    "wrong dtype": (dict(raw=bytes(8), datatype="INT64"), "INVALID_ARGUMENT", "INT64"),
+    "wrong shape": (dict(raw=packed("a", "b"), shape=[1, 2]), "INVALID_ARGUMENT", "shape"),
+    "empty batch": (dict(raw=b"", shape=[0, 1]), "INVALID_ARGUMENT", ""),
+    "65 texts": (dict(raw=packed(*"a" * 65), shape=[65, 1]), "INVALID_ARGUMENT", "<= 64"),
+    "unknown model": (dict(raw=packed("a"), model="nope"), "NOT_FOUND", "unknown model"),
+    "bad UTF-8": (dict(raw=packed(b"ab\xff")), "INVALID_ARGUMENT", "not valid UTF-8"),
+    "length beyond the end": (dict(raw=b"\xff\xff\xff\x7fa"), "INVALID_ARGUMENT", ""),
+    "cut length": (dict(raw=b"\1\0"), "INVALID_ARGUMENT", ""),
+    "10 MB text": (dict(raw=packed(b"a" * 10_000_000)), "INVALID_ARGUMENT", f"limit is {LIMIT}"),
+    "one byte over": (dict(raw=packed(b"a" * (LIMIT + 1))), "INVALID_ARGUMENT", "limit is"),
+}
+
+
+@pytest.mark.parametrize("tensor, status, message", BAD_TENSORS.values(), ids=BAD_TENSORS)
+def test_bad_grpc_requests(server, right, tensor, status, message):
+    with pytest.raises(grpc.RpcError) as error:
+        infer(server, **tensor)
+    assert error.value.code().name == status and message in error.value.details()
+    right()
+
+
+def test_bad_utf8_over_http(server, right):
+    """In JSON the server itself replaces or refuses it; as binary data the tokenizer refuses."""
+    status, reply = post(server, INFER, json_body(data=["X"]).replace(b'"X"', b'"ab\xff"'))
+    assert status == 200 or reply["error"]
+    with pytest.raises(ClientError, match="text 2 of the request is not valid UTF-8"):
+        new_client(server, "http").classify(["好", b"\xe5\xa9"])
+    right()
+
+
+def test_clients_that_disconnect(server, right):
+    host, port = server.http_url.split(":")
+    body = json_body(shape=[64, 1], data=TEXTS[:64])
+    head = f"POST {INFER} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    for sent in (head[:20], head, head + body[: len(body) // 2], head + body):
+        for _ in range(5):
+            with socket.create_connection((host, int(port)), timeout=10) as connection:
+                connection.sendall(sent)
+    raw = packed(*TEXTS[:64])
+    for _ in range(10):
+        with pytest.raises(ClientError, match="Deadline Exceeded"):
+            new_client(server, timeout=0.001).classify(TEXTS[:64])
+    assert infer(server, raw, shape=[64, 1]).outputs
+    right()
+
+
+def test_bad_requests_among_good_ones(server, right, expected):
+    """Sixteen clients at once, four of which send nothing but rubbish."""
+    rubbish = itertools.cycle([[b"\xff"], ["a" * (LIMIT + 1)], ["a"] * 65, [TEXTS[0], b"\xff"]])
+    problems, refused = [], []
+
+    def good(start, protocol):
+        client = new_client(server, protocol)
+        for i in range(start, start + 25):
+            texts = [TEXTS[(i + k) % len(TEXTS)] for k in range(1 + i % 3)]
+            assert_same(client.classify(texts), texts, expected)
+
+    def bad(protocol):
+        client = new_client(server, protocol)
+        for texts in itertools.islice(rubbish, 25):
+            with pytest.raises(ClientError):
+                client.classify(texts)
+            refused.append(texts)
+
+    def guarded(function, *args):
+        try:
+            function(*args)
+        except BaseException as error:
+            problems.append(error)
+
+    work = [(good, 13 * i, PROTOCOLS[i % 2]) for i in range(12)]
+    work += [(bad, PROTOCOLS[i % 2]) for i in range(4)]
+    threads = [threading.Thread(target=guarded, args=args) for args in work]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not problems and len(refused) == 100
+    right()
+
+
+def statistics(server, model):
+    with triton_server.DIRECT.open(f"http://{server.http_url}/v2/models/{model}/stats") as reply:
+        return json.load(reply)["model_stats"][0]
+
+
+def test_dynamic_batching(server, right, expected):
+    """Requests that wait are run together by the model, and each gets its own answer."""
+    before = statistics(server, "seqcls_model")
+    client = triton_grpc.InferenceServerClient(server.grpc_url)
+    answers, text = {}, TEXTS[0]
+    for i in range(200):
+        tensor = triton_grpc.InferInput("INPUT", [1, 1], "BYTES")
+        tensor.set_data_from_numpy(np.array([[text.encode()]], dtype=np.object_))
+        client.async_infer(
+            "seqcls", [tensor], lambda result, error, i=i: answers.update({i: error or result})
+        )
+    end = time.monotonic() + 30
+    while len(answers) < 200 and time.monotonic() < end:
+        time.sleep(0.05)
+    client.close()
+    for answer in answers.values():
+        assert [n.decode() for n in answer.as_numpy("label")[0]] == expected[text][0]
+    after = statistics(server, "seqcls_model")
+    rows, runs = (after[k] - before[k] for k in ("inference_count", "execution_count"))
+    assert len(answers) == rows == 200 and runs < 150
+    right()
+
+
+# ------------------------------------------------------------------------------------------- fuzz
+def random_body(rng):
+    """(path, body, headers) near or far from a valid HTTP request."""
+    body, headers, path = json_body(data=[rng.choice(TEXTS)]), {}, INFER
+    kind = rng.randrange(7)
+    if kind == 0:
+        body = rng.randbytes(rng.randrange(300))
+    elif kind == 1:
+        body = body[: rng.randrange(len(body))]
+    elif kind == 2:
+        body = bytearray(body)
+        for _ in range(rng.randrange(1, 9)):
+            body[rng.randrange(len(body))] = rng.randrange(256)
+        body = bytes(body)
+    elif kind == 3:
+        values = [None, -1, 2**63, 1e308, "", "x", [], {}, [[["x"]]], True, [1, 1], "BYTES"]
+        keys = ("name", "shape", "datatype", "data", "parameters")
+        tensor = {key: rng.choice(values) for key in rng.sample(keys, rng.randrange(6))}
+        body = json.dumps({"inputs": rng.choice([[tensor], tensor, [tensor] * 3, None])}).encode()
+    elif kind == 4:
+        headers = {"Inference-Header-Content-Length": str(rng.choice([-1, 0, 1, 5, 10**9, "x"]))}
+        body += rng.randbytes(rng.randrange(50))
+    elif kind == 5:
+        path = f"/v2/{rng.choice(['models', 'repository', 'x'])}/{rng.randrange(99)}/infer"
+    else:
+        body = b'{"inputs":' + b"[" * rng.randrange(1, 3000)
+    return path, body, headers
+
+
+def random_tensor(rng):
+    """Arguments of `infer`: a tensor whose parts fit together or not."""
+    texts = []
+    for _ in range(rng.randrange(1, 5)):
+        text = rng.choice(TEXTS)
+        raw = rng.randbytes(rng.randrange(200)) if rng.random() < 0.5 else text.encode()
+        texts.append(raw if rng.random() < 0.7 else raw[: rng.randrange(len(raw) + 1)])
+    raw, shape = packed(*texts), [len(texts), 1]
+    if rng.random() < 0.3:
+        raw = raw[: rng.randrange(len(raw) + 1)] + rng.randbytes(rng.randrange(9))
+    if rng.random() < 0.3:
+        shape = [rng.choice([0, 1, 2, 64, 65, 2**40, -1]) for _ in range(rng.randrange(1, 4))]
+    names, datatypes = ["INPUT"] * 8 + ["", "x"], ["BYTES"] * 8 + ["INT64", "FP32", "", "x"]
+    return dict(raw=raw, shape=shape, name=rng.choice(names), datatype=rng.choice(datatypes))
+
+
+def test_fuzz(server, right):
+    """600 seeded requests: each gets an answer or an error, nothing hangs or dies."""
+    rng, replies = random.Random(SEED), {True: 0, False: 0}
+    for i in range(300):
+        status, _ = post(server, *random_body(rng))
+        assert 200 <= status < 600
+        replies[status == 200] += 1
+        tensor = random_tensor(rng)
+        try:
+            infer(server, **tensor)
+            replies[True] += 1
+        except grpc.RpcError as error:
+            assert error.code().name in ("INVALID_ARGUMENT", "INTERNAL", "UNKNOWN"), error
+            replies[False] += 1
+        if i % 50 == 0:
+            right()
+    right()
+    assert replies[False] > 300 and sum(replies.values()) == 600, replies
+
+
+# ------------------------------------------------------------------------------ stop and recovery
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_sigterm_under_load(real_server, repository, expected, protocol):
+    """Every request is answered right or refused as a whole; the end is clean."""
+    outcomes, texts = [], TEXTS[:16]
+    with triton_server.TritonServer(repository) as server:
+
+        def ask():
+            client = new_client(server, protocol)
+            while True:
+                start = time.monotonic()
+                try:
+                    answers = client.classify(texts)
+                except ClientError as error:
+                    outcomes.append((start, error))
+                    client.close()
+                    return
+                assert_same(answers, texts, expected)
+                outcomes.append((start, None))
+
+        threads = [threading.Thread(target=ask) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        time.sleep(2)
+        stopped = time.monotonic()
+        assert server.stop() == 0
+        for thread in threads:
+            thread.join(30)
+        assert server.processes() == {}
+        for url in (server.grpc_url, server.http_url):
+            port = int(url.split(":")[1])
+            socket.create_server(("127.0.0.1", port)).close()
+    refused = [(start, str(error)) for start, error in outcomes if error]
+    assert len(refused) == 8 and len(outcomes) > 16  # each client ends with its first refusal
+    for start, error in refused:
+        assert "the server is stopping" in error or "Connection refused" in error, error
+        # What was sent before the signal was answered; the tokenizer may have had it in its queue.
+        assert start > stopped - 0.5, error
+
+
+def model_process(server, model):
+    part = f" {model}_0_0 " if model else "bin/tritonserver --model-repository="
+    (found,) = (pid for pid, command in server.processes().items() if part in command)
+    return found
+
+
+@pytest.mark.parametrize("model", ["tokenizer", "seqcls_model", "seqcls_postprocess", None])
+def test_killed_process(real_server, repository, expected, model):
+    """Requests fail at once, and within seconds the server is back with new processes."""
+    memory = set(os.listdir("/dev/shm"))
+    with triton_server.TritonServer(repository) as server:
+        before = set(server.processes())
+        os.kill(model_process(server, model), signal.SIGKILL)
+        end = time.monotonic() + 30
+        while time.monotonic() < end:
+            try:
+                answers = new_client(server, timeout=5).classify(TEXTS[:4])
+                break
+            except ClientError:
+                time.sleep(0.2)
+        assert_same(answers, TEXTS[:4], expected)
+        assert "; the server is started again" in server.log()
+        assert server.ready() and len(set(server.processes()) & before) == 1  # serve.py
+        assert server.stop() == 0 and server.processes() == {}
+    assert set(os.listdir("/dev/shm")) <= memory
+
+
+def test_killed_serve_leaves_no_process(real_server, repository):
+    with triton_server.TritonServer(repository) as server:
+        os.kill(server.process.pid, signal.SIGKILL)
+        end = time.monotonic() + 20
+        while server.processes() and time.monotonic() < end:
+            time.sleep(0.1)
+        assert server.processes() == {}
+
+
+def test_a_server_that_cannot_start(real_server, repository, tmp_path):
+    broken = shutil.copytree(repository, tmp_path / "repository")
+    (broken / "tokenizer" / "1" / "tokenizer.json").write_text("{", encoding="utf-8")
+    with pytest.raises(RuntimeError, match="before it was ready; its messages are above"):
+        triton_server.TritonServer(broken)
+
+
+def test_sigterm_while_it_starts(real_server, repository, monkeypatch):
+    monkeypatch.setattr(triton_server.TritonServer, "_wait_until_ready", lambda self: None)
+    with triton_server.TritonServer(repository) as server:
+        time.sleep(1)
+        assert server.stop() == 0 and server.processes() == {}
+
+
+@pytest.mark.parametrize("cause", ["no program", "port taken"])
+def test_serve_errors(cause):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        flags = ["--address", "127.0.0.1", "--tritonserver", "no-such-program"]
+        flags += ["--http_port", str(port)] if cause == "port taken" else []
+        command = [sys.executable, FOLDER / "serve.py", *flags]
+        run = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    message = {"no program": "no-such-program: No such file or directory"}
+    message["port taken"] = f"127.0.0.1:{port}: Address already in use"
+    assert (run.returncode, run.stderr) == (2, f"error: {message[cause]}\n")

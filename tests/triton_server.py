@@ -1,0 +1,148 @@
+"""Starts a real tritonserver (PyPI package nvidia-pytriton) on free ports of this machine only.
+
+    with TritonServer(model_repository) as server:
+        ...  # server.grpc_url, server.http_url
+
+The package has no onnxruntime backend; triton_onnxruntime.py stands in for it.
+"""
+
+import importlib.util
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+import urllib.request
+from pathlib import Path
+
+START_SECONDS = 60
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # whatever http_proxy says
+SERVE = Path(__file__).resolve().parent.parent / "deploy" / "triton_serving" / "serve.py"
+
+
+def package_folder():
+    """The folder of the server in nvidia-pytriton; None if the package is not installed."""
+    spec = importlib.util.find_spec("pytriton")
+    return Path(spec.origin).parent / "tritonserver" if spec else None
+
+
+def free_ports(count):
+    """Port numbers that nobody listens on."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    try:
+        return [s.getsockname()[1] for s in sockets]
+    finally:
+        for s in sockets:
+            s.close()
+
+
+class TritonServer:
+    """A running server, started by deploy/triton_serving/serve.py as in production.
+
+    serve_flags: more flags of serve.py. Raises RuntimeError with the log's end if it doesn't start.
+    """
+
+    def __init__(self, repository, serve_flags=()):
+        self.folder = Path(tempfile.mkdtemp(prefix="triton_"))
+        self.log_file = self.folder / "log.txt"
+        http_port, grpc_port = free_ports(2)
+        self.http_url, self.grpc_url = f"127.0.0.1:{http_port}", f"127.0.0.1:{grpc_port}"
+        package = package_folder()
+        command = [sys.executable, SERVE, "--tritonserver", package / "bin" / "tritonserver"]
+        command += ["--model_repository", repository, "--address", "127.0.0.1"]
+        command += ["--http_port", http_port, "--grpc_port", grpc_port, *serve_flags, "--"]
+        command += [f"--backend-directory={self._backends(package)}", "--allow-metrics=false"]
+        # The stub processes need this Python's library; without it the start hangs.
+        libraries = [
+            package.parent.parent / "nvidia_pytriton.libs",
+            sysconfig.get_config_var("LIBDIR"),
+        ]
+        environment = {
+            **os.environ,
+            "LD_LIBRARY_PATH": ":".join(map(str, libraries)),
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        }
+        with open(self.log_file, "wb") as log:
+            self.process = subprocess.Popen(
+                list(map(str, command)),
+                stdout=log,
+                stderr=log,
+                env=environment,
+                start_new_session=True,
+            )
+        try:
+            self._wait_until_ready()
+        except BaseException:
+            self.kill()
+            raise
+
+    def _backends(self, package):
+        folder = self.folder / "backends"
+        shutil.copytree(package / "backends" / "python", folder / "python")
+        version = f"{sys.version_info.major}.{sys.version_info.minor}"
+        stub = package / "python_backend_stubs" / version / "triton_python_backend_stub"
+        shutil.copy(stub, folder / "python")
+        (folder / "onnxruntime").mkdir()
+        stand_in = Path(__file__).with_name("triton_onnxruntime.py")
+        shutil.copy(stand_in, folder / "onnxruntime" / "model.py")
+        return folder
+
+    def ready(self):
+        """What /v2/health/ready says; False also if nobody answers."""
+        try:
+            with DIRECT.open(f"http://{self.http_url}/v2/health/ready", timeout=5) as reply:
+                return reply.status == 200
+        except OSError:
+            return False
+
+    def _wait_until_ready(self):
+        end = time.monotonic() + START_SECONDS
+        while not (self.ready() and "serve.py: ready" in self.log()):
+            if self.process.poll() is not None or time.monotonic() > end:
+                raise RuntimeError(f"tritonserver did not start:\n{self.log()[-4000:]}")
+            time.sleep(0.1)
+
+    def log(self):
+        return self.log_file.read_text(encoding="utf-8", errors="replace")
+
+    def processes(self):
+        """{pid: command line} of serve.py, the server and the model processes."""
+        table = {}
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            try:
+                state = stat.read_text().rpartition(")")[2].split()[0]
+                command = stat.with_name("cmdline").read_bytes().replace(b"\0", b" ").decode()
+            except OSError:  # it ended meanwhile
+                continue
+            if state != "Z":
+                table[int(stat.parent.name)] = command
+        # Whoever was started from the temporary folder belongs to it, also if its parent is gone.
+        return {p: c for p, c in table.items() if p == self.process.pid or str(self.folder) in c}
+
+    def stop(self, timeout=60):
+        """SIGTERM; returns the exit status. Raises subprocess.TimeoutExpired."""
+        self.process.terminate()
+        return self.process.wait(timeout)
+
+    def kill(self):
+        """Ends whatever is left and removes the temporary files."""
+        for pid in self.processes():
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+        self.process.wait()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        try:
+            self.stop()
+        finally:
+            self.kill()
