@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).resolve().parent.parent
-FOLDERS = ["", "analysis", "data", "benchmarks", "deploy/predictor", "deploy/paddle_serving"]
+FOLDERS = ["", "analysis", "data", "benchmarks"]
+FOLDERS += [f"deploy/{name}" for name in ("predictor", "paddle_serving", "triton_serving")]
 sys.path[:0] = [str(REPO / folder) for folder in FOLDERS]
 
 import utils  # noqa: E402
