@@ -19,17 +19,19 @@ from pathlib import Path
 import numpy as np
 
 REPO = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(REPO), str(REPO / "deploy" / "paddle_serving")]
-sys.path.insert(0, str(REPO / "deploy" / "predictor"))
+DEPLOY = REPO / "deploy"
+sys.path[:0] = [str(DEPLOY / name) for name in ("predictor", "paddle_serving", "triton_serving")]
+sys.path.insert(0, str(REPO))
 import utils  # noqa: E402
 
 CLIENTS = {"paddle_serving_http": "http_client", "paddle_serving_grpc": "rpc_client"}
+TRITON = {"triton_http": "http", "triton_grpc": "grpc"}
 
 
 def parse_args(argv=None):
     parser = utils.new_parser(__doc__)
     add = parser.add_argument
-    add("--server", choices=[*CLIENTS, "in_process"], required=True, help="what is asked")
+    add("--server", choices=[*CLIENTS, *TRITON, "in_process"], required=True, help="what is asked")
     add("--url", help="address of the server")
     add("--model_path_prefix", help="static graph for in_process, e.g. export/float32")
     add("--data_file", required=True, help="texts, one per line")
@@ -65,8 +67,24 @@ def make_predict(args):
         from predictor import Predictor
 
         return Predictor(args.model_path_prefix).predict
+    if args.server in TRITON:
+        return triton_predict(args.url, TRITON[args.server])
     client = importlib.import_module(CLIENTS[args.server])
     return lambda texts: client.predict(args.url, texts)
+
+
+def triton_predict(url, protocol):
+    """The same for Triton; each thread has a connection of its own."""
+    from seqcls_grpc_client import Client
+
+    of_thread = threading.local()
+
+    def predict(texts):
+        if not hasattr(of_thread, "client"):
+            of_thread.client = Client(url, protocol)
+        return of_thread.client.classify(texts)
+
+    return predict
 
 
 def main(argv=None):
