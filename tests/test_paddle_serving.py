@@ -183,6 +183,13 @@ def test_all_dev_texts(server, expected):
     assert json.loads(json.loads(post(server, one_string)[1])["value"][0]) == [expected[0][0]]
 
 
+def test_texts_of_the_longest_length(server, checkpoint):
+    """Padding must not go beyond the positions that the model has."""
+    for count in (126, 127, 500):
+        ((names, scores),) = http_client.predict(server.http, ["离婚" * count])
+        assert len(names) == len(scores)
+
+
 def test_clients_as_commands(server, expected, tmp_path):
     (tmp_path / "texts.txt").write_text("\n".join([*TEXTS[:5], ""]), encoding="utf-8")
     for script, url in (("http_client.py", server.http), ("rpc_client.py", server.rpc)):

@@ -24,6 +24,7 @@ from concurrent import futures
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
@@ -35,6 +36,7 @@ NAME = "seq_cls"  # of the service, in the path /seq_cls/prediction
 PREFIX = "float32"
 BAD_REQUEST, BUSY, NOT_READY = 51, 52, 53  # err_no; 51 to 99 are the application's
 BATCH_SIZE = 32  # texts per forward pass
+LENGTH_STEP = 16  # batches are padded to a multiple of it, with [PAD] = 0, which the model masks
 LIMITS = (
     *("max_body_bytes", "max_texts", "max_text_bytes"),
     *("max_requests", "receive_seconds", "drain_seconds"),
@@ -174,6 +176,10 @@ def make_servicer(config):
             self.ready = True
 
         def forward(self, **batch):
+            # oneDNN keeps what it has compiled for a shape; with fewer shapes it finds it again.
+            length = batch["input_ids"].shape[1]
+            longer = min(-(-length // LENGTH_STEP) * LENGTH_STEP, self.info.max_position)
+            batch = {k: np.pad(v, ((0, 0), (0, longer - length))) for k, v in batch.items()}
             (fetch,) = self.client.fetch_names_
             return self.client.predict(feed=batch, fetch=[fetch], batch=True)[fetch]
 
