@@ -526,7 +526,8 @@ def write_rows(file, texts, names, labels, jsonl, probs=None):
             file.write("\t".join([text.replace("\t", " "), ",".join(given), *scores]) + "\n")
 
 
-def _fsync(path):
+def fsync(path):
+    """Waits until a file or a folder is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -563,7 +564,7 @@ def atomic_file(path, mode="w"):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        _fsync(path.parent)
+        fsync(path.parent)
     except OSError as error:
         raise _write_error(path, error) from error
     finally:
@@ -589,7 +590,7 @@ def atomic_folder(path):
         yield temporary
         files = sorted(temporary.iterdir(), key=lambda file: file.name == CONFIG_FILE)
         for file in files:
-            _fsync(file)
+            fsync(file)
         changed = [file for file in files if not _same_content(file, path / file.name)]
         kept = f"the new files are in {temporary}"
         if len(changed) > 1:
@@ -597,7 +598,7 @@ def atomic_folder(path):
             (path / CONFIG_FILE).unlink(missing_ok=True)
         for file in changed:
             os.replace(file, path / file.name)
-        _fsync(path)
+        fsync(path)
         kept = ""
     except OSError as error:
         raise _write_error(path, error, kept) from error

@@ -319,7 +319,7 @@ def test_full_disk_leaves_the_old_repository(bundle, repository, tmp_path, run_c
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(make_repository, "sync", full)
+    monkeypatch.setattr(utils, "fsync", full)
     status, err = run_cli(make_repository.main, argv(bundle, old))
     assert status == 2 and "No space left on device; nothing was replaced" in err
     assert listing(old) == listing(repository) and [p.name for p in tmp_path.iterdir()] == [
@@ -333,7 +333,7 @@ def test_interrupted_make(bundle, repository, tmp_path, number):
     old = shutil.copytree(repository, tmp_path / "repository")
     code = (
         "import sys, time; sys.path.insert(0, sys.argv[1]); import make_repository, utils\n"
-        "make_repository.sync = lambda path: (print('written', flush=True), time.sleep(60))\n"
+        "utils.fsync = lambda path: (print('written', flush=True), time.sleep(60))\n"
         "utils.cli(lambda: make_repository.main(sys.argv[2:]))\n"
     )
     flags = argv(bundle, old, "--max_text_bytes", 5)

@@ -103,7 +103,7 @@ def new_folder(path):
         temporary.mkdir()
         yield temporary
         for file in [*temporary.rglob("*"), temporary]:
-            sync(file)
+            utils.fsync(file)
         try:
             if path.exists():
                 os.rename(path, old)
@@ -121,14 +121,6 @@ def new_folder(path):
         if parent is not None:
             shutil.rmtree(temporary, ignore_errors=True)
             os.close(parent)
-
-
-def sync(path):
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def main(argv=None):
