@@ -1,0 +1,156 @@
+"""Find dev texts that the training set supports badly, and data that would support them.
+
+    python sparse.py --device cpu --dataset_dir ../data --params_path ../checkpoint
+    cat ../data/train.txt ../data/support.txt > ../data/train_sparse_aug.txt
+
+A dev text is sparse if even its most similar training texts are far from it (TrustAI's
+FeatureSimilarityModel, cosine of the classifier's input). Support data are the training texts
+nearest to the sparse ones, repeated or augmented, or with --annotate unlabelled texts to label.
+"""
+
+import zlib  # noqa: F401  libpaddle exports zlib symbols of its own; loaded after it, zlib crashes
+import itertools
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from aug import STRATEGIES, add_augmentation_flags, make_augmenter, new_texts  # noqa: E402
+from trustai_compat import Encoder, nearest  # noqa: E402
+
+import utils  # noqa: E402
+from utils import UserError, at_least, logger  # noqa: E402
+
+
+def parse_args(argv=None):
+    parser = utils.new_parser(__doc__)
+    add = parser.add_argument_group("data (all files are in dataset_dir)").add_argument
+    add("--dataset_dir", required=True, help="folder of the files below")
+    add("--train_file", default="train.txt", help="training set")
+    add("--dev_file", default="dev.txt", help="development set")
+    add("--label_file", help="checked against the checkpoint; None: label.txt if it exists")
+    add("--unlabeled_file", default="data.txt", help="candidates for --annotate, a text per line")
+    add("--sparse_file", default="sparse.txt", help="result: the sparse dev texts")
+    add("--support_file", default="support.txt", help="result: the support data")
+    utils.add_inference_flags(parser, "../checkpoint/")
+    parser.set_defaults(batch_size=16)
+    add = parser.add_argument_group("selection").add_argument
+    add("--annotate", action="store_true", help="take support data from --unlabeled_file")
+    strategies = ["duplicate", *STRATEGIES]
+    add("--aug_strategy", choices=strategies, default="substitute", help="what becomes of them")
+    add("--sparse_num", type=at_least(1), default=100, help="sparse texts; 10-20 %% of dev")
+    add("--support_num", type=at_least(1), default=100, help="support texts; 10-20 %% of train")
+    mean = "nearest training texts whose mean similarity is a dev text's score"
+    add("--rationale_num", "--rationale_num_sparse", type=at_least(1), default=3, help=mean)
+    ranked = "nearest candidates of each sparse text to choose from; None: all"
+    add("--rationale_num_support", type=at_least(1), help=ranked)
+    least = "candidates of lower similarity support nothing"
+    add("--support_threshold", type=at_least(-1.0), default=0.7, help=least)
+    add("--seed", type=at_least(0), default=3, help="seed of the augmentation")
+    add_augmentation_flags(parser)
+    return parser.parse_args(argv)
+
+
+def find_support(indexes, scores, threshold, excluded):
+    """Yields (candidate, similarity): each sparse text's nearest in turn, then its second, ...
+
+    indexes, scores: [sparse texts, ranks]. No candidate comes twice, none of the set `excluded`,
+    none whose similarity is not above the threshold.
+    """
+    taken = set(excluded)
+    for rank in range(indexes.shape[1]):
+        if not (scores[:, rank] > threshold).any():  # later ranks are less similar still
+            break
+        for candidate, score in zip(indexes[:, rank].tolist(), scores[:, rank].tolist()):
+            if score > threshold and candidate not in taken:
+                taken.add(candidate)
+                yield candidate, score
+
+
+def read_unlabeled(path):
+    """Texts of the file, blank ones left out; of a line with a tab the part before it."""
+    texts = (line.split("\t")[0].strip() for line in utils.read_texts(path))
+    return [text for text in texts if text]
+
+
+def write_result(path, texts, names, scores):
+    """The samples as a data file, and as `.scores.tsv` beside it; names None: texts alone."""
+    lines = texts if names is None else [f"{t}\t{','.join(n)}" for t, n in zip(texts, names)]
+    with utils.atomic_file(path) as file:
+        file.writelines(line + "\n" for line in lines)
+    with utils.atomic_file(path.with_suffix(".scores.tsv")) as file:
+        file.write("score\ttext" + "\tlabel" * (names is not None) + "\n")
+        file.writelines(f"{score:.6f}\t{line}\n" for score, line in zip(scores, lines))
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    data = Path(args.dataset_dir)
+    sparse_path, support_path = data / args.sparse_file, data / args.support_file
+    for path in (sparse_path, support_path):
+        utils.check_writable(path)
+    labels = utils.read_model_info(args.params_path).labels
+    utils.check_labels(data, args.label_file, labels)
+    train_texts, train_ids = utils.read_examples(data / args.train_file, labels)
+    dev_texts, dev_ids = utils.read_examples(data / args.dev_file, labels)
+    if args.sparse_num > len(dev_texts):
+        raise UserError(
+            f"--sparse_num {args.sparse_num}: {args.dev_file} has only {len(dev_texts)} samples; "
+            "10-20 % of them are usual"
+        )
+    augment = not args.annotate and args.aug_strategy != "duplicate"
+    if augment:
+        augmenter = make_augmenter(args.aug_strategy, args.aug_percent, args.dict_dir)
+    candidates = read_unlabeled(data / args.unlabeled_file) if args.annotate else train_texts
+
+    encoder = Encoder(args.params_path, args.device, args.max_seq_length, args.batch_size)
+    dev_features = encoder.features(dev_texts, "dev")
+    features = encoder.features(train_texts, "train")
+    similarity = encoder.similarity(features)
+    _, scores = nearest(similarity, dev_features, args.rationale_num, "sparse")
+    means = scores.mean(axis=1)
+    sparse = np.argsort(means, kind="stable")[: args.sparse_num]
+    sparse_scores = means[sparse]
+    names = [[labels[j] for j in dev_ids[i]] for i in sparse]
+    write_result(sparse_path, [dev_texts[i] for i in sparse], names, sparse_scores)
+    logger.info("Sparse data saved in %s", sparse_path)
+    logger.info("Average score in sparse data: %.4f", sparse_scores.mean())
+
+    # A dev text in the training set would be an answer known beforehand.
+    known = {*dev_texts, *(train_texts if args.annotate else ())}
+    excluded = {i for i, text in enumerate(candidates) if text in known}
+    if excluded:
+        where = "in train or dev" if args.annotate else "in dev"
+        logger.info("%d candidates are left out: their texts stand %s", len(excluded), where)
+    if args.annotate:
+        similarity = encoder.similarity(encoder.features(candidates, "unlabeled"))
+    number = args.rationale_num_support or len(candidates)
+    indexes, scores = nearest(similarity, dev_features[sparse], number, "support")
+    random.seed(args.seed)
+    texts, names, support_scores, seen = [], [], [], {*train_texts, *dev_texts}
+    for candidate, score in find_support(indexes, scores, args.support_threshold, excluded):
+        found = [candidates[candidate]]
+        if augment:
+            found = new_texts(*found, itertools.repeat(augmenter), 1, seen)
+        texts += found
+        support_scores += [score] * len(found)
+        if not args.annotate:
+            names += [[labels[j] for j in train_ids[candidate]]] * len(found)
+        if len(texts) == args.support_num:
+            break
+    advice = "lower --support_threshold or give more candidates"
+    if args.rationale_num_support:
+        advice += " or raise --rationale_num_support"
+    if not texts:
+        raise UserError(f"no support data above the threshold, none written; {advice}")
+    if len(texts) < args.support_num:
+        logger.warning("Only %d support texts of %d; %s", len(texts), args.support_num, advice)
+    write_result(support_path, texts, None if args.annotate else names, support_scores)
+    logger.info("support data saved in %s", support_path)
+    logger.info("support average scores: %.4f", np.mean(support_scores))
+
+
+if __name__ == "__main__":
+    utils.cli(main)
