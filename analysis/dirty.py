@@ -1,0 +1,185 @@
+"""Find training samples whose labels are probably wrong, for a person to look at.
+
+    python dirty.py --dataset_dir ../data
+    cat ../data/train_dirty_rest.txt ../data/train_dirty.txt > ../data/train_clean.txt
+
+Three strategies. `tfidf` (default) and `finetune` rank a sample by the cross-entropy of its given
+labels under probabilities from a model that did not see it (K-fold cross-validation), the idea of
+Northcutt et al. 2021, "Confident Learning", and, for several labels, Thyagarajan et al. 2022,
+"Identifying Incorrect Annotations in Multi-Label Classification Data". `tfidf` trains a linear
+classifier on character n-grams in seconds, `finetune` runs train.py for each fold. `trustai` is the
+original's: TrustAI's RepresenterPointModel on a checkpoint, which does not look at the labels.
+"""
+
+import zlib  # noqa: F401  libpaddle exports zlib symbols of its own; loaded after it, zlib crashes
+import shlex
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import metric  # noqa: E402
+import utils  # noqa: E402
+from utils import UserError, at_least, logger  # noqa: E402
+
+STRATEGIES = ("tfidf", "finetune", "trustai")
+
+
+def parse_args(argv=None):
+    parser = utils.new_parser(__doc__)
+    add = parser.add_argument_group("data (all files are in dataset_dir)").add_argument
+    add("--dataset_dir", required=True, help="folder of the files below")
+    add("--train_file", default="train.txt", help="training set")
+    add("--dev_file", default="dev.txt", help="development set, read by --strategy finetune")
+    add("--label_file", default="label.txt", help="label names, one per line")
+    add("--dirty_file", default="train_dirty.txt", help="result: the suspicious samples")
+    add("--rest_file", default="train_dirty_rest.txt", help="result: all others")
+    add = parser.add_argument_group("selection").add_argument
+    add("--strategy", choices=STRATEGIES, default="tfidf", help="how samples are ranked")
+    add("--dirty_num", type=at_least(1), default=100, help="samples to find")
+    add("--seed", type=at_least(0), default=3, help="seed of the folds")
+    add = parser.add_argument_group("tfidf and finetune").add_argument
+    add("--folds", type=at_least(2), default=5, help="folds of the cross-validation")
+    more = "flags for train.py, such as '--model_name ernie-3.0-nano-zh --early_stop'"
+    add("--train_args", default="", help=more)
+    keep = "keep finetune's models there; the same command then continues a stopped run"
+    add("--folds_dir", help=keep)
+    add = parser.add_argument_group("trustai").add_argument
+    least = "a class counts if its representer weight is above"
+    add("--dirty_threshold", type=float, default=0.0, help=least)
+    utils.add_inference_flags(parser, "../checkpoint/")
+    parser.set_defaults(batch_size=16)
+    return parser.parse_args(argv)
+
+
+def folds_of(texts, folds, seed):
+    """The fold of each text; equal texts share one, or a model would have seen what it judges."""
+    _, unique = np.unique(np.array(texts, dtype=object), return_inverse=True)
+    rng = np.random.default_rng(seed)
+    return (rng.permutation(unique.max() + 1) % folds)[unique]
+
+
+def tfidf_probabilities(args, texts, targets, fold_of):
+    """Out-of-sample probabilities [texts, classes]: TF-IDF of 1-3-grams, logistic regression."""
+    vectorizer = TfidfVectorizer(analyzer="char", ngram_range=(1, 3), min_df=2, sublinear_tf=True)
+    try:
+        features = vectorizer.fit_transform(texts)
+    except ValueError as error:  # no n-gram occurs twice
+        raise UserError(f"{args.train_file}: too few or too short texts ({error})") from error
+    probs = np.zeros(targets.shape, dtype=np.float32)
+    for fold in tqdm(range(args.folds), "folds", leave=False, disable=None):
+        inside = fold_of == fold
+        for c, given in enumerate(targets.T.astype(bool)):
+            if given[~inside].all() or not given[~inside].any():
+                probs[inside, c] = given[~inside].mean()  # nothing to learn from
+                continue
+            model = LogisticRegression(C=10, solver="liblinear", random_state=args.seed)
+            model.fit(features[~inside], given[~inside])
+            probs[inside, c] = model.predict_proba(features[inside])[:, 1]
+    return probs
+
+
+def finetune_probabilities(args, texts, targets, fold_of, labels):
+    """Out-of-sample probabilities [texts, classes] of the models that train.py makes per fold."""
+    import train
+    from predict import load_forward
+
+    data, probs = Path(args.dataset_dir).resolve(), np.zeros(targets.shape, dtype=np.float32)
+    names = metric.label_names(targets, labels)
+    flags = ["--dataset_dir", data, "--dev_file", args.dev_file, "--label_file", args.label_file]
+    flags += ["--device", args.device, "--seed", args.seed, *shlex.split(args.train_args)]
+    with tempfile.TemporaryDirectory() as temporary:
+        for fold in range(args.folds):
+            logger.info("Fold %d of %d", fold + 1, args.folds)
+            folder = Path(args.folds_dir or temporary).resolve() / str(fold)
+            folder.mkdir(parents=True, exist_ok=True)
+            inside = fold_of == fold
+            with utils.atomic_file(folder / "train.txt") as file:
+                rows = zip(
+                    *((t, n) for t, n, held_out in zip(texts, names, inside) if not held_out)
+                )
+                utils.write_rows(file, *rows, labels, jsonl=False)
+            own = ["--train_file", folder / "train.txt", "--save_dir", folder, "--resume"]
+            train.main([str(flag) for flag in [*flags, *own]])
+            forward, info = load_forward(folder, args.device)
+            held_out = [text for text, held_out in zip(texts, inside) if held_out]
+            encoded, _ = utils.encode(held_out, utils.load_tokenizer(folder), info.max_seq_length)
+            logits = utils.logits_of(forward, encoded, args.batch_size, len(labels), "held out")
+            probs[inside] = metric.probabilities(logits)
+    return probs
+
+
+def cross_entropy(args, texts, targets, labels):
+    """Scores {"cross_entropy": [texts]} and out-of-sample probabilities [texts, classes]."""
+    if len(set(texts)) < args.folds:
+        raise UserError(f"{args.train_file}: fewer different texts than --folds {args.folds}")
+    fold_of = folds_of(texts, args.folds, args.seed)
+    if args.strategy == "tfidf":
+        probs = tfidf_probabilities(args, texts, targets, fold_of)
+    else:
+        probs = finetune_probabilities(args, texts, targets, fold_of, labels)
+    given = np.where(targets > 0, probs, 1 - probs).astype(np.float64)
+    return {"cross_entropy": -np.log(np.clip(given, 1e-6, 1)).sum(axis=1)}, probs
+
+
+def representer_points(args, texts, labels):
+    """Scores {"classes": [texts], "weight": [texts]}: classes of positive weight, their sum."""
+    from trustai_compat import Encoder
+
+    encoder = Encoder(args.params_path, args.device, args.max_seq_length, args.batch_size)
+    utils.check_labels(args.dataset_dir, args.label_file, encoder.info.labels)
+    features = encoder.features(texts, "train")
+    logger.info("Training the representer point model; on thousands of texts it takes minutes")
+    weights = encoder.representer_points(features)
+    positive = weights > args.dirty_threshold
+    return {"classes": positive.sum(axis=1), "weight": np.where(positive, weights, 0).sum(axis=1)}
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    data = Path(args.dataset_dir)
+    labels = utils.read_labels(data / args.label_file)
+    texts, label_ids = utils.read_examples(data / args.train_file, labels)
+    dirty_path, rest_path = data / args.dirty_file, data / args.rest_file
+    scores_path = dirty_path.with_suffix(".scores.tsv")
+    for path in (dirty_path, rest_path, scores_path):
+        utils.check_writable(path)
+    if args.dirty_num >= len(texts):
+        raise UserError(
+            f"--dirty_num {args.dirty_num}: {args.train_file} has only {len(texts)} samples"
+        )
+    if args.strategy == "trustai":
+        scores, probs = representer_points(args, texts, labels), None
+    else:
+        scores, probs = cross_entropy(args, texts, utils.multi_hot(label_ids, len(labels)), labels)
+    # The first score decides, the next ones break ties.
+    ranking = np.lexsort([-score for score in reversed(scores.values())])
+    dirty = np.zeros(len(texts), dtype=bool)
+    dirty[ranking[: args.dirty_num]] = True
+    names = [[labels[i] for i in ids] for ids in label_ids]
+
+    with utils.atomic_file(scores_path) as file:
+        suggested = metric.label_names(metric.decode(probs), labels) if probs is not None else None
+        header = [*scores, "label", *(["suggested_label"] if suggested else []), "text"]
+        file.write("\t".join(header) + "\n")
+        for i in ranking:
+            row = [f"{score[i]:.6g}" for score in scores.values()] + [",".join(names[i])]
+            row += [",".join(suggested[i])] if suggested else []
+            file.write("\t".join([*row, texts[i]]) + "\n")
+    for path, chosen in ((dirty_path, dirty), (rest_path, ~dirty)):
+        rows = [(texts[i], names[i]) for i in np.flatnonzero(chosen)]
+        with utils.atomic_file(path) as file:
+            utils.write_rows(file, *zip(*rows), labels, jsonl=False)
+    logger.info(
+        "%d dirty samples saved in %s, the rest in %s", args.dirty_num, dirty_path, rest_path
+    )
+    logger.info("Scores of all samples saved in %s, the most suspicious first", scores_path)
+
+
+if __name__ == "__main__":
+    utils.cli(main)
