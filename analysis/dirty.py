@@ -3,12 +3,10 @@
     python dirty.py --dataset_dir ../data
     cat ../data/train_dirty_rest.txt ../data/train_dirty.txt > ../data/train_clean.txt
 
-Three strategies. `tfidf` (default) and `finetune` rank a sample by the cross-entropy of its given
-labels under probabilities from a model that did not see it (K-fold cross-validation), the idea of
-Northcutt et al. 2021, "Confident Learning", and, for several labels, Thyagarajan et al. 2022,
-"Identifying Incorrect Annotations in Multi-Label Classification Data". `tfidf` trains a linear
-classifier on character n-grams in seconds, `finetune` runs train.py for each fold. `trustai` is the
-original's: TrustAI's RepresenterPointModel on a checkpoint, which does not look at the labels.
+Three strategies. `tfidf` (default) and `finetune` compare the given labels with probabilities from
+a model that did not see the sample (K-fold cross-validation; see `suspicion`). `tfidf` trains a
+linear classifier on character n-grams in seconds, `finetune` runs train.py for each fold. `trustai`
+is the original's: TrustAI's RepresenterPointModel on a checkpoint; it does not look at the labels.
 """
 
 import zlib  # noqa: F401  libpaddle exports zlib symbols of its own; loaded after it, zlib crashes
@@ -114,8 +112,25 @@ def finetune_probabilities(args, texts, targets, fold_of, labels):
     return probs
 
 
-def cross_entropy(args, texts, targets, labels):
-    """Scores {"cross_entropy": [texts]} and out-of-sample probabilities [texts, classes]."""
+def suspicion(probs, targets):
+    """How badly out-of-sample probabilities [texts, classes] go with the given labels: [texts].
+
+    The cross-entropy of each label less its mean over the samples with the same value of it, summed
+    over the labels. The mean keeps the samples of rare labels, which every model finds hard, from
+    being suspects (the class-conditional thresholds of Northcutt et al. 2021, "Confident Learning:
+    Estimating Uncertainty in Dataset Labels", have the same purpose).
+    """
+    given = np.where(targets > 0, probs, 1 - probs).astype(np.float64)
+    loss = -np.log(np.clip(given, 1e-6, 1))
+    for c, column in enumerate(targets.T):
+        for value in (0, 1):
+            if (column == value).any():
+                loss[column == value, c] -= loss[column == value, c].mean()
+    return loss.sum(axis=1)
+
+
+def out_of_sample(args, texts, targets, labels):
+    """Scores {"score": [texts]} and out-of-sample probabilities [texts, classes]."""
     if len(set(texts)) < args.folds:
         raise UserError(f"{args.train_file}: fewer different texts than --folds {args.folds}")
     fold_of = folds_of(texts, args.folds, args.seed)
@@ -123,8 +138,7 @@ def cross_entropy(args, texts, targets, labels):
         probs = tfidf_probabilities(args, texts, targets, fold_of)
     else:
         probs = finetune_probabilities(args, texts, targets, fold_of, labels)
-    given = np.where(targets > 0, probs, 1 - probs).astype(np.float64)
-    return {"cross_entropy": -np.log(np.clip(given, 1e-6, 1)).sum(axis=1)}, probs
+    return {"score": suspicion(probs, targets)}, probs
 
 
 def representer_points(args, texts, labels):
@@ -156,7 +170,7 @@ def main(argv=None):
     if args.strategy == "trustai":
         scores, probs = representer_points(args, texts, labels), None
     else:
-        scores, probs = cross_entropy(args, texts, utils.multi_hot(label_ids, len(labels)), labels)
+        scores, probs = out_of_sample(args, texts, utils.multi_hot(label_ids, len(labels)), labels)
     # The first score decides, the next ones break ties.
     ranking = np.lexsort([-score for score in reversed(scores.values())])
     dirty = np.zeros(len(texts), dtype=bool)

@@ -23,19 +23,25 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
+def evaluate(train, dev, num_labels):
+    """metric.MultiLabelCounts on dev of a classifier trained on train; both (texts, label_ids)."""
+    (texts, ids), (dev_texts, dev_ids) = train, dev
+    vectorizer = TfidfVectorizer(analyzer="char", ngram_range=(1, 3), min_df=2, sublinear_tf=True)
+    model = OneVsRestClassifier(LinearSVC(C=1, random_state=0, dual="auto"))
+    model.fit(vectorizer.fit_transform(texts), utils.multi_hot(ids, num_labels).astype(int))
+    counts = metric.MultiLabelCounts(num_labels)
+    decisions = model.predict(vectorizer.transform(dev_texts))
+    counts.update(decisions, utils.multi_hot(dev_ids, num_labels))
+    return counts
+
+
 def main(argv=None):
     args = parse_args(argv)
     data = Path(args.dataset_dir)
     labels = utils.read_labels(data / "label.txt")
-    texts, ids = utils.read_examples(data / "train.txt", labels)
-    dev_texts, dev_ids = utils.read_examples(data / "dev.txt", labels)
+    train, dev = (utils.read_examples(data / f"{name}.txt", labels) for name in ("train", "dev"))
     start = time.perf_counter()
-    vectorizer = TfidfVectorizer(analyzer="char", ngram_range=(1, 3), min_df=2, sublinear_tf=True)
-    model = OneVsRestClassifier(LinearSVC(C=1, random_state=0, dual="auto"))
-    model.fit(vectorizer.fit_transform(texts), utils.multi_hot(ids, len(labels)).astype(int))
-    counts = metric.MultiLabelCounts(len(labels))
-    decisions = model.predict(vectorizer.transform(dev_texts))
-    counts.update(decisions, utils.multi_hot(dev_ids, len(labels)))
+    counts = evaluate(train, dev, len(labels))
     result = {
         "system": "character 1-3-gram TF-IDF + LinearSVC(C=1), one-vs-rest",
         "micro_f1": round(100 * counts.micro_f1, 2),
