@@ -117,21 +117,22 @@ def add_inference_flags(parser, params_path):
 
 
 # ---------------------------------------------------------------------------------------- read
-def _open(path):
+def open_binary(path):
+    """The file opened for reading; raises UserError if that fails."""
     try:
         return open(path, "rb")
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; check the path") from error
 
 
-class _Lines:
+class Lines:
     """Iterates over the lines of a UTF-8 file (BOM, LF or CRLF) and collects what is wrong."""
 
     def __init__(self, path):
         self.path, self.number, self.problems = path, 0, []
 
     def __iter__(self):
-        with _open(self.path) as file:
+        with open_binary(self.path) as file:
             for self.number, raw in enumerate(iter(lambda: file.readline(MAX_LINE), b""), 1):
                 if len(raw) == MAX_LINE and not raw.endswith(b"\n"):
                     self.bad(f"longer than {MAX_LINE} bytes; put one text on a line")
@@ -153,12 +154,16 @@ class _Lines:
         self.problems.append(f"{self.path}:{self.number}: {why}")
 
     def check(self):
-        """Raises UserError that lists what was wrong, up to MAX_REPORTED lines."""
-        if self.problems:
-            shown = self.problems[:MAX_REPORTED]
-            if len(self.problems) > MAX_REPORTED:
-                shown.append(f"... and {len(self.problems) - MAX_REPORTED} more such lines")
-            raise UserError("\n".join(shown))
+        check_problems(self.problems)
+
+
+def check_problems(problems):
+    """Raises UserError that lists what is wrong in a file, up to MAX_REPORTED lines."""
+    if problems:
+        shown = problems[:MAX_REPORTED]
+        if len(problems) > MAX_REPORTED:
+            shown.append(f"... and {len(problems) - MAX_REPORTED} more such lines")
+        raise UserError("\n".join(shown))
 
 
 def read_labels(path):
@@ -166,7 +171,7 @@ def read_labels(path):
 
     Raises UserError for blank lines, duplicates, names with a comma or a tab, and an empty file.
     """
-    lines, first_line = _Lines(path), {}
+    lines, first_line = Lines(path), {}
     for line in lines:
         name = line.strip()
         if not name:
@@ -183,16 +188,21 @@ def read_labels(path):
     return list(first_line)
 
 
-def read_examples(path, labels):
-    """Reads `text<TAB>label,label` lines of a train, dev or test file.
+@dataclass(frozen=True)
+class Scan:
+    """A train, dev or test file: its good lines and what is wrong with the others."""
 
-    Returns (texts, label_ids): a list of str and a list of int lists, in the order of the line.
-    `text<TAB>` is a sample without labels; blank lines are skipped with one warning; the header
-    line that predict.py writes is skipped too, so that its output can be read back.
-    Raises UserError that lists up to 10 offending lines.
-    """
+    texts: list
+    label_ids: list  # a list of class ids per text, in the order of the line
+    numbers: list  # the line of each text
+    blank: int  # blank lines, which readers skip
+    problems: list  # one message per bad line
+
+
+def scan_examples(path, labels):
+    """Reads as `read_examples` does but reports bad lines instead of refusing the file."""
     ids = {name: i for i, name in enumerate(labels)}
-    lines, texts, label_ids, blank = _Lines(path), [], [], 0
+    lines, texts, label_ids, numbers, blank = Lines(path), [], [], [], 0
     for line in lines:
         fields = line.split("\t")
         if not line.strip() and len(fields) == 1:
@@ -210,14 +220,28 @@ def read_examples(path, labels):
             if unknown:
                 known = f"it is not among the {len(labels)} label names"
                 lines.bad(f"unknown label '{unknown[0]}'; {known}")
+                continue
             texts.append(fields[0].strip())
-            label_ids.append(list(dict.fromkeys(ids[name] for name in names if name in ids)))
-    lines.check()
-    if not texts:
-        raise UserError(f"{path}: no samples; write one text<TAB>label,label per line")
-    if blank:
-        logger.warning("%s: skipped %d blank line(s)", path, blank)
-    return texts, label_ids
+            label_ids.append(list(dict.fromkeys(ids[name] for name in names)))
+            numbers.append(lines.number)
+    if not texts and not lines.problems:
+        lines.problems.append(f"{path}: no samples; write one text<TAB>label,label per line")
+    return Scan(texts, label_ids, numbers, blank, lines.problems)
+
+
+def read_examples(path, labels):
+    """Reads `text<TAB>label,label` lines of a train, dev or test file.
+
+    Returns (texts, label_ids): a list of str and a list of int lists, in the order of the line.
+    `text<TAB>` is a sample without labels; blank lines are skipped with one warning; the header
+    line that predict.py writes is skipped too, so that its output can be read back.
+    Raises UserError that lists up to 10 offending lines.
+    """
+    scan = scan_examples(path, labels)
+    check_problems(scan.problems)
+    if scan.blank:
+        logger.warning("%s: skipped %d blank line(s)", path, scan.blank)
+    return scan.texts, scan.label_ids
 
 
 def read_texts(path):
@@ -225,7 +249,7 @@ def read_texts(path):
 
     Raises UserError for a missing or empty file and at the first line that is not UTF-8.
     """
-    lines = _Lines(path)
+    lines = Lines(path)
     for line in lines:
         lines.check()
         yield line
@@ -262,7 +286,7 @@ def load_tokenizer(folder, model_folder=None):
     """
     path = Path(folder) / "vocab.txt"
     configs = Path(model_folder or folder) / CONFIG_FILE, Path(folder) / "tokenizer_config.json"
-    lines = _Lines(path)
+    lines = Lines(path)
     vocab = {token: lines.number - 1 for token in lines}
     lines.check()
     missing = [token for token in SPECIAL_TOKENS if token not in vocab]
@@ -373,7 +397,7 @@ class ModelInfo:
 
 def read_json(path):
     """The object in a JSON file; raises UserError if it holds anything else."""
-    with _open(path) as file:
+    with open_binary(path) as file:
         try:
             value = json.load(file)
         except ValueError as error:
@@ -409,7 +433,7 @@ def sha256(*paths):
     """Hexadecimal SHA-256 of the files' contents, one after the other."""
     digest = hashlib.sha256()
     for path in paths:
-        with _open(path) as file:
+        with open_binary(path) as file:
             while block := file.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()
@@ -478,7 +502,7 @@ def load_weights(path):
 
     Raises UserError if the file is truncated or names any class but NumPy's.
     """
-    with _open(path) as file:
+    with open_binary(path) as file:
         try:
             loaded = _ArrayUnpickler(file, encoding="latin1").load()
             # paddle.save stores a tensor as (name, array), and a table of names beside them.
