@@ -1,0 +1,349 @@
+"""Turns an annotation export of doccano or Label Studio into train, dev, test and label files.
+
+    python data/doccano.py --doccano_file doccano.jsonl --save_dir my_data --splits 0.8 0.2
+
+It reads doccano's JSON Lines (text in `data` or `text`, labels in `label` or `labels`) and Label
+Studio's JSON and JSON-MIN; the content decides which. With 1, 2 or 3 splits it writes train.txt,
+dev.txt and test.txt, the texts of the last of them as data.txt, and label.txt. Where several
+annotators labelled a text, a label stays if more than half of them gave it.
+"""
+
+import json
+import os
+import re
+import sys
+import time
+from argparse import ArgumentTypeError
+from collections import Counter
+from contextlib import ExitStack
+from fractions import Fraction
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import utils  # noqa: E402
+from utils import UserError, logger  # noqa: E402
+
+TEXT_FIELDS = ("data", "text")
+LABEL_FIELDS = ("label", "labels", "choice", "choices")
+
+
+def boolean(value):
+    """An argparse type; bool("False") is True."""
+    known = {"true": True, "1": True, "false": False, "0": False}
+    if value.lower() not in known:
+        raise ArgumentTypeError(f"{value} is neither True nor False")
+    return known[value.lower()]
+
+
+def parse_args(argv=None):
+    parser = utils.new_parser(__doc__)
+    add = parser.add_argument_group("export").add_argument
+    add("--doccano_file", default="doccano.jsonl", help="export of doccano or Label Studio")
+    add("--task_type", default="multi_label", help="only multi_label is supported")
+    add("--text_field", help="field of the text; None: data, text or the only one it can be")
+    add("--label_field", help="field of the labels; None: label(s), choice(s) or what has choices")
+    group = parser.add_argument_group("output")
+    add = group.add_argument
+    add("--save_dir", default="./data", help="folder of the files; made if it is missing")
+    shares = "shares of train, dev and test; their sum is 1"
+    add("--splits", type=utils.at_least(0.0), nargs="+", default=[0.8, 0.2], help=shares)
+    shuffle = "True: random order and stratified splits; False: cut the export in its own order"
+    add("--is_shuffle", type=boolean, default=True, help=shuffle)
+    add("--seed", type=utils.at_least(0), default=3, help="seed of order and splits")
+    add("--label_file", help="keep the class ids of this file; a label that it lacks is an error")
+    add("--skip_unlabeled", action="store_true", help="leave out samples without labels")
+    add("--overwrite", action="store_true", help="replace files that exist")
+    add = group.add_mutually_exclusive_group().add_argument
+    add("--valid", action="store_true", help="write valid.txt only; needs --splits 1")
+    dirty = "drop the old label behind the text's tab; write train_dirty.txt only; needs --splits 1"
+    add("--dirty", action="store_true", help=dirty)
+    args = parser.parse_args(argv)
+    if args.task_type != "multi_label":
+        raise UserError(f"--task_type {args.task_type}: only multi_label is supported")
+    if len(args.splits) > 3:
+        raise UserError("--splits: give 1, 2 or 3 shares")
+    args.splits = [Fraction(str(share)) for share in args.splits]  # 0.7, 0.2 and 0.1 make 1
+    if sum(args.splits) != 1 or not all(args.splits):
+        raise UserError("--splits: every share must be above 0 and their sum 1")
+    if (args.valid or args.dirty) and len(args.splits) > 1:
+        raise UserError("--valid and --dirty write one file; add --splits 1")
+    return args
+
+
+# ------------------------------------------------------------------------------------ the export
+def read_records(path):
+    """[(where, JSON value)] of a file of JSON lines or of one JSON array."""
+    with utils.open_binary(path) as file:
+        start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+        if start.startswith(b"PK\x03\x04"):
+            raise UserError(f"{path}: a zip archive; unpack it and give the file inside")
+        if start.startswith(b"["):
+            file.seek(0)
+            return read_array(path, file.read())
+    lines, records = utils.Lines(path), []
+    for line in lines:
+        try:
+            if line.strip():
+                records.append((f"{path}:{lines.number}", json.loads(line)))
+        except (ValueError, RecursionError):
+            lines.bad("not JSON; export JSONL from doccano or JSON from Label Studio")
+    lines.check()
+    return records
+
+
+def read_array(path, content):
+    try:
+        records = json.loads(content.decode("utf-8-sig"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{error.lineno}: not JSON ({error.msg}); export again") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON in UTF-8 ({error}); export again") from error
+    ids = [record.get("id") if isinstance(record, dict) else None for record in records]
+    where = [f"record {n}" if i is None else f"task {i}" for n, i in enumerate(ids, 1)]
+    return [(f"{path}: {place}", record) for place, record in zip(where, records)]
+
+
+def as_list(value):
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def has_choices(value):
+    return any(isinstance(v, dict) and isinstance(v.get("choices"), list) for v in as_list(value))
+
+
+def split_record(record):
+    """(fields that may hold the text, one {field: labels} per annotator) of any kind of export."""
+    if not isinstance(record.get("data"), dict):
+        return record, [record]
+    given = [a for a in as_list(record.get("annotations")) if isinstance(a, dict)]
+    given = [annotation for annotation in given if not annotation.get("was_cancelled")]
+    answers = []
+    # An annotation that a reviewer marked as the truth is not outvoted.
+    for annotation in [a for a in given if a.get("ground_truth")] or given:
+        answers.append({})
+        for result in as_list(annotation.get("result")):
+            if isinstance(result, dict) and "from_name" in result:  # not so for relations
+                answers[-1].setdefault(str(result["from_name"]), []).append(result.get("value"))
+    return record["data"], answers
+
+
+def find_label_fields(path, answers, given):
+    """Names of the fields that may hold the labels; the first that a record has counts."""
+    names = dict.fromkeys(name for answer in answers for name in answer)
+    choices = [name for name in names if any(has_choices(a.get(name)) for a in answers)]
+    found = [given] if given else choices or list(LABEL_FIELDS)
+    if len(choices) > 1 and not given:
+        raise UserError(f"{path}: choices in {', '.join(choices)}; name one with --label_field")
+    if not any(name in names for name in found):
+        fields = f"only {', '.join(names)}" if names else "and no annotation"
+        hint = "export the annotations or name the field with --label_field"
+        raise UserError(f"{path}: no labels in field {' or '.join(found)}, {fields}; {hint}")
+    return found
+
+
+def find_text(fields, given, label_fields):
+    strings = [k for k, v in fields.items() if isinstance(v, str) and k not in label_fields]
+    named = [name for name in ([given] if given else TEXT_FIELDS) if name in strings]
+    if not named and (given or len(strings) != 1):
+        wanted = given or " or ".join(TEXT_FIELDS)
+        raise ValueError(f"no text in field {wanted}; name the right one with --text_field")
+    return fields[(named or strings)[0]]
+
+
+def clean_text(text, dirty):
+    """The text on one line; raises ValueError for what no data file can hold."""
+    text = text.lstrip("\ufeff").strip()
+    if dirty and "\t" in text:  # exports may lack the tab of a sample that had no label
+        text = text.rpartition("\t")[0].rstrip()
+    text = re.sub(r"[\t\r\n]+", " ", text)
+    if not text:
+        raise ValueError("empty text; delete the record")
+    if len(text.encode()) > utils.MAX_LINE // 2:
+        raise ValueError(f"text longer than {utils.MAX_LINE // 2} bytes; split it")
+    return text
+
+
+def clean_labels(value, known):
+    """One annotator's label names; raises ValueError for any that is none or not in `known`."""
+    names = []
+    for item in as_list(value):
+        names += item["choices"] if has_choices(item) else [item]
+    for i, name in enumerate(names):
+        if not isinstance(name, str):
+            what = json.dumps(name, ensure_ascii=False)[:40]
+            raise ValueError(f"label {what} is no name; export text classification, not spans")
+        names[i] = name = name.strip()
+        name.encode()
+        if not name:
+            raise ValueError("empty label name; rename it")
+        if re.search(r"[,\t\r\n]", name):
+            raise ValueError(f"label {name!r} has a comma, tab or line break; rename it")
+        if known is not None and name not in known:
+            raise ValueError(f"label '{name}' is not in --label_file; add it there at the end")
+    return list(dict.fromkeys(names))
+
+
+def majority(votes):
+    counts = Counter(name for vote in votes for name in vote)
+    return [name for name, count in counts.items() if 2 * count > len(votes)]
+
+
+def read_samples(args, known):
+    """[(text, label names)] in the order of the export; raises UserError that lists the faults."""
+    path, problems, votes, changed, tabs = args.doccano_file, [], {}, 0, 0
+    records = read_records(path)
+    if not records:
+        raise UserError(f"{path}: no records; annotate texts and export again")
+    parts = [split_record(r) if isinstance(r, dict) else ({}, []) for _, r in records]
+    label_fields = find_label_fields(path, [a for part in parts for a in part[1]], args.label_field)
+    for (where, record), (fields, answers) in zip(records, parts):
+        try:
+            raw = find_text(fields, args.text_field, label_fields)
+            text = clean_text(raw, args.dirty)
+            # Label Studio's JSON-MIN has a record for each annotator of a task.
+            given = votes.setdefault((repr(record.get("id", where)), text), [])
+            for answer in answers:
+                value = next((answer[name] for name in label_fields if name in answer), None)
+                given.append(clean_labels(value, known))
+        except UnicodeEncodeError:
+            problems.append(f"{where}: half a surrogate pair is no character; mend the record")
+        except ValueError as error:
+            problems.append(f"{where}: {error}")
+        else:
+            tabs += "\t" in raw.strip()
+            changed += re.search(r"[\t\r\n]", raw.strip()) is not None
+    utils.check_problems(problems)
+    if args.dirty and not tabs:
+        raise UserError(f"{path}: no text has a tab and an old label behind it; leave out --dirty")
+    samples = [(text, majority(given)) for (_, text), given in votes.items() if given]
+    if not any(names for _, names in samples):
+        raise UserError(f"{path}: no text has a label; annotate and export again")
+    if len(samples) < len(votes):
+        logger.info("Left out %d tasks without annotation.", len(votes) - len(samples))
+    if several := [given for given in votes.values() if len(given) > 1]:
+        unlike = sum(len(set(map(frozenset, given))) > 1 for given in several)
+        message = "%d texts have several annotators, %d with unlike labels: the majority decides."
+        logger.info(message, len(several), unlike)
+    if changed and not args.dirty:
+        logger.warning("Tabs or line breaks in %d texts became spaces.", changed)
+    if unlabelled := sum(not names for _, names in samples):
+        what = "left out" if args.skip_unlabeled else "written as text<TAB>"
+        logger.info("%d samples have no label: %s.", unlabelled, what)
+    return [sample for sample in samples if sample[1] or not args.skip_unlabeled]
+
+
+# ------------------------------------------------------------------------------------- the split
+def stratify(groups, label_ids, num_labels, sizes, rng):
+    """The number of the split for each group of samples that must stay together.
+
+    Iterative stratification: Sechidis, Tsoumakas, Vlahavas, "On the Stratification of Multi-Label
+    Data", ECML PKDD 2011, algorithm 1. It serves the rarest label first and gives a sample to the
+    split that lacks most of that label. Two things are added: having no label counts as a label,
+    and no split exceeds its size by more than 2%: rare labels all prefer the largest split, and
+    many of them would leave the others empty.
+    """
+    counts = [Counter(x for i in group for x in label_ids[i] or [num_labels]) for group in groups]
+    members, left = [[] for _ in range(num_labels + 1)], np.zeros(num_labels + 1)
+    # Large groups first: single samples can even out what these leave.
+    for g in sorted(rng.permutation(len(groups)), key=lambda g: -len(groups[g])):
+        for label, count in counts[g].items():
+            members[label].append(g)
+            left[label] += count
+    need = np.outer(np.array(sizes) / sum(sizes), left)  # [splits, labels]
+    room, chosen = list(sizes), [None] * len(groups)
+    while left.any():
+        rarest = int(np.argmin(np.where(left > 0, left, np.inf)))
+        for g in members[rarest]:
+            if chosen[g] is None:
+                free = [j for j in range(len(sizes)) if room[j] + sizes[j] // 50 > 0]
+                best = max(free, key=lambda j: (need[j, rarest], room[j], rng.random()))
+                chosen[g] = best
+                room[best] -= len(groups[g])
+                for label, count in counts[g].items():
+                    need[best, label] -= count
+                    left[label] -= count
+    return chosen
+
+
+def split(samples, labels, args):
+    """A list of samples for each split; samples of the same text stay together."""
+    rng, ids = np.random.default_rng(args.seed), {name: i for i, name in enumerate(labels)}
+    label_ids = [[ids[name] for name in names] for _, names in samples]
+    by_text = {}
+    for i, (text, _) in enumerate(samples):
+        by_text.setdefault(text, []).append(i)
+    groups = list(by_text.values())
+    ends = [int(len(samples) * share) for share in accumulate(args.splits)]
+    sizes = np.diff([0, *ends]).tolist()
+    order = range(len(samples))
+    if args.is_shuffle:
+        order = rng.permutation(len(samples))
+        chosen = stratify(groups, label_ids, len(labels), sizes, rng)
+    else:
+        chosen = [sum(group[0] >= end for end in ends) for group in groups]
+    split_of = {i: j for group, j in zip(groups, chosen) for i in group}
+    parts = [[samples[i] for i in order if split_of[i] == j] for j in range(len(sizes))]
+    if not all(parts):
+        raise UserError(f"--splits: {len(samples)} samples are too few for {len(sizes)} splits")
+    repeated = [group for group in groups if len(group) > 1]
+    if repeated:
+        unlike = sum(len({frozenset(label_ids[i]) for i in group}) > 1 for group in repeated)
+        message = "%d texts occur more than once, %d with unlike labels; each is in one split only"
+        logger.warning(message, len(repeated), unlike)
+    return parts
+
+
+def log_shares(samples, parts):
+    whole, largest = Counter(name for _, names in samples for name in names), 0
+    for part in parts:
+        counts = Counter(name for _, names in part for name in names)
+        gaps = (abs(counts[name] / len(part) - n / len(samples)) for name, n in whole.items())
+        largest = max(largest, *gaps)
+    message = "Label shares of the splits differ from the whole by at most %.2f percentage points."
+    logger.info(message, 100 * largest)
+
+
+# ------------------------------------------------------------------------------------- the files
+def main(argv=None):
+    args, start = parse_args(argv), time.time()
+    folder, label_path = Path(args.save_dir), Path(args.save_dir) / "label.txt"
+    names = ["train.txt", "dev.txt", "test.txt"][: len(args.splits)]
+    names = ["valid.txt"] if args.valid else ["train_dirty.txt"] if args.dirty else names
+    whole = not (args.valid or args.dirty)  # a data set, not a part of one
+    known = utils.read_labels(args.label_file) if args.label_file else None
+    targets = [*names, "data.txt", "label.txt"] if whole else names
+    if known and not args.overwrite and "label.txt" in targets and label_path.is_file():
+        if utils.read_labels(label_path) == known:  # nothing would change
+            targets.remove("label.txt")
+    existing = [str(folder / name) for name in targets if os.path.lexists(folder / name)]
+    if existing and not args.overwrite:
+        raise UserError(f"{', '.join(existing)}: exists; add --overwrite to replace it")
+
+    samples = read_samples(args, known)
+    labels = known or sorted({name for _, names in samples for name in names})
+    parts = split(samples, labels, args)
+    contents = {"data.txt": [text for text, _ in parts[-1]], "label.txt": labels}
+    for name, part in zip(names, parts):
+        contents[name] = [f"{text}\t{','.join(given)}" for text, given in part]
+    folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:  # all files are on the disk before the first is renamed
+        for name in targets:
+            file = stack.enter_context(utils.atomic_file(folder / name))
+            file.writelines(f"{line}\n" for line in contents[name])
+            file.flush()
+            os.fsync(file.fileno())
+    for name in targets:
+        what = "labels" if name == "label.txt" else "examples"
+        logger.info(f"Save %d {what} to %s.", len(contents[name]), folder / name)
+    if len(parts) > 1:
+        log_shares(samples, parts)
+    if whole and len(parts) < 3 and (folder / "test.txt").exists():
+        logger.warning("%s is of an earlier run; remove it", folder / "test.txt")
+    logger.info("Finished! It takes %.2f seconds", time.time() - start)
+
+
+if __name__ == "__main__":
+    utils.cli(main)

@@ -1,0 +1,478 @@
+"""data/doccano.py: exports of doccano and Label Studio become data files; faults are named."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections import Counter
+
+import doccano
+import numpy as np
+import pytest
+from conftest import REPO, SAMPLE
+
+import utils
+
+TEXTS = [("要求离婚", ["离婚"]), ("分割房屋", ["财产", "债务"]), ("没有争议", [])]
+
+
+def as_doccano(samples, text="data", label="label", first=1):
+    return [{"id": n, text: t, label: names} for n, (t, names) in enumerate(samples, first)]
+
+
+def as_jsonl(records):
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+
+def annotation(names, **flags):
+    value = {"choices": names}
+    result = [{"from_name": "要素", "to_name": "text", "type": "choices", "value": value}]
+    return {"id": 7, "was_cancelled": False, "result": result if names else [], **flags}
+
+
+def task(text, *annotations, number=1):
+    return {"id": number, "annotations": list(annotations), "data": {"text": text}}
+
+
+def as_label_studio(samples):
+    return [task(t, annotation(names), number=n) for n, (t, names) in enumerate(samples, 1)]
+
+
+def as_json_min(samples):
+    """One choice is a plain name there; without any the field is missing."""
+    for number, (text, names) in enumerate(samples, 1):
+        value = {"choices": names} if len(names) > 1 else (names or [None])[0]
+        record = {"text": text, "id": number, "annotator": 1, "updated_at": "2022-08-22T10:00:00Z"}
+        yield {**record, "要素": value} if names else record
+
+
+EXPORTS = {
+    "doccano new": lambda samples: as_jsonl(as_doccano(samples)),
+    "doccano old": lambda samples: as_jsonl(as_doccano(samples, "text")),
+    "doccano labels": lambda samples: as_jsonl(as_doccano(samples, "text", "labels")),
+    "doccano JSON": lambda samples: json.dumps(as_doccano(samples)),
+    "Label Studio JSON": lambda samples: json.dumps(as_label_studio(samples), indent=1),
+    "Label Studio JSON-MIN": lambda samples: json.dumps(list(as_json_min(samples))),
+}
+
+
+@pytest.fixture
+def convert(tmp_path, run_cli):
+    """convert(content, *flags) returns (exit status, stderr); files come to tmp_path/out."""
+
+    def convert(content, *flags, splits=("1",)):
+        content = content if isinstance(content, bytes | str) else as_jsonl(content)
+        content = content if isinstance(content, bytes) else content.encode()
+        (tmp_path / "export.any").write_bytes(content)
+        argv = ["--doccano_file", tmp_path / "export.any", "--save_dir", tmp_path / "out"]
+        return run_cli(doccano.main, [*argv, "--splits", *splits, *flags])
+
+    return convert
+
+
+def files(folder):
+    return {path.name: path.read_bytes().decode() for path in sorted(folder.iterdir())}
+
+
+def samples_of(path):
+    return [
+        (text, names.split(",") if names else [])
+        for text, names in (line.split("\t") for line in path.read_text("utf-8").splitlines())
+    ]
+
+
+# ------------------------------------------------------------------------------------ the formats
+@pytest.mark.parametrize("bom", ["", "\ufeff"], ids=["plain", "BOM"])
+@pytest.mark.parametrize("export", EXPORTS.values(), ids=EXPORTS)
+def test_every_export_gives_the_same_files(convert, tmp_path, export, bom):
+    status, error = convert(bom + export(TEXTS), "--is_shuffle", "False")
+    assert status == 0, error
+    assert files(tmp_path / "out") == {
+        "train.txt": "要求离婚\t离婚\n分割房屋\t财产,债务\n没有争议\t\n",
+        "data.txt": "要求离婚\n分割房屋\n没有争议\n",
+        "label.txt": "债务\n离婚\n财产\n",
+    }
+    messages = re.findall(r"INFO\] - (.*)", error)
+    out = tmp_path / "out"
+    assert messages[:-1] == [
+        "1 samples have no label: written as text<TAB>.",
+        f"Save 3 examples to {out / 'train.txt'}.",
+        f"Save 3 examples to {out / 'data.txt'}.",
+        f"Save 3 labels to {out / 'label.txt'}.",
+    ]
+    assert re.fullmatch(r"Finished! It takes \d+\.\d\d seconds", messages[-1])
+    assert utils.read_examples(out / "train.txt", utils.read_labels(out / "label.txt"))
+
+
+def test_real_set_survives_the_round_trip(convert, tmp_path, shared):
+    """Every format gives all samples back; each split has every label's share of the whole."""
+    data = shared / "data" / "divorce"
+    labels = utils.read_labels(data / "label.txt")
+    original = [
+        (text, [labels[i] for i in ids])
+        for text, ids in zip(*utils.read_examples(data / "train.txt", labels))
+    ]
+    written = []
+    for export in EXPORTS.values():
+        flags = ["--label_file", data / "label.txt", "--overwrite"]
+        assert convert(export(original), *flags, splits=("0.8", "0.1", "0.1"))[0] == 0
+        written.append(files(tmp_path / "out"))
+    assert all(content == written[0] for content in written)
+    parts = [samples_of(tmp_path / "out" / name) for name in ("train.txt", "dev.txt", "test.txt")]
+    assert sorted(sum(parts, [])) == sorted(original) and len(original) == 14377
+    assert utils.read_labels(tmp_path / "out" / "label.txt") == labels
+    assert written[0]["data.txt"].splitlines() == [text for text, _ in parts[2]]
+
+    def share(samples):
+        counts = Counter(name for _, names in samples for name in names)
+        return np.array([counts[name] / len(samples) for name in labels])
+
+    for part, ratio in zip(parts, (0.8, 0.1, 0.1)):
+        assert abs(share(part) - share(original)).max() < 0.01
+        assert abs(len(part) / (14377 * ratio) - 1) < 0.02 + 1e-3
+
+
+def test_annotators_are_settled_by_majority(convert, tmp_path):
+    votes = [annotation(names) for names in (["甲", "乙"], ["甲"], ["乙", "丙"])]
+    tasks = [
+        task("三人", *votes, number=1),
+        task("两人", annotation(["甲", "乙"]), annotation(["乙"]), number=2),
+        task("不一致", annotation(["甲"]), annotation(["乙"]), number=3),
+        task("取消", annotation(["丙"], was_cancelled=True), annotation(["甲"]), number=4),
+        task("没有标注", number=5),
+        task("全部取消", annotation(["丙"], was_cancelled=True), number=6),
+        task("审核", *votes, annotation(["丁"], ground_truth=True), number=7),
+    ]
+    status, error = convert(json.dumps(tasks), "--is_shuffle", "False")
+    assert status == 0
+    assert (tmp_path / "out" / "train.txt").read_text("utf-8") == (
+        "三人\t甲,乙\n两人\t乙\n不一致\t\n取消\t甲\n审核\t丁\n"
+    )
+    assert "- 3 texts have several annotators, 3 with unlike labels: the majority decides." in error
+    assert "- Left out 2 tasks without annotation." in error
+
+
+def test_annotators_of_json_min_are_records_of_the_same_task(convert, tmp_path):
+    record = {"id": 1, "text": "文", "要素": {"choices": ["甲", "乙"]}}
+    records = [record, {**record, "要素": "乙"}, {"id": 2, "text": "文", "要素": "甲"}]
+    assert convert(json.dumps(records), "--is_shuffle", "False")[0] == 0
+    assert (tmp_path / "out" / "train.txt").read_text("utf-8") == "文\t乙\n文\t甲\n"
+
+
+def test_fields_of_other_names(convert, tmp_path):
+    records = [{"id": 1, "内容": "甲方", "备注": "无", "结论": ["离婚"]}]
+    status, error = convert(records)
+    assert status == 2 and "only id, 内容, 备注, 结论; export the annotations or name" in error
+    status, error = convert(records, "--label_field", "结论")
+    assert status == 2 and "export.any:1: no text in field data or text; name the right" in error
+    assert convert(records, "--label_field", "结论", "--text_field", "内容")[0] == 0
+    assert (tmp_path / "out" / "train.txt").read_text("utf-8") == "甲方\t离婚\n"
+
+
+def test_two_fields_of_choices_need_a_name(convert, tmp_path):
+    record = {"id": 1, "text": "文", "a": {"choices": ["甲"]}, "b": {"choices": ["乙"]}}
+    status, error = convert([record])
+    assert status == 2 and "choices in a, b; name one with --label_field" in error
+    assert convert([record], "--label_field", "b")[0] == 0
+    assert (tmp_path / "out" / "label.txt").read_text("utf-8") == "乙\n"
+
+
+# ------------------------------------------------------------------------------------- the content
+def test_text_comes_to_stand_on_one_line(convert, tmp_path):
+    text = " \n第一行\r\n第二行\t第三\u2028行\n\n第四行 \t"
+    status, error = convert([{"text": text, "label": [" 甲 ", "乙", "甲"]}])
+    assert status == 0 and "[ WARNING] - Tabs or line breaks in 1 texts became spaces." in error
+    train = (tmp_path / "out" / "train.txt").read_bytes().decode()
+    assert train == "第一行 第二行 第三\u2028行 第四行\t甲,乙\n"
+
+
+def test_dirty_drops_the_old_label(convert, tmp_path):
+    texts = ["文一\t旧,标签", "文二\t", "文\t三\t旧"]
+    records = [{"data": text, "label": ["新"]} for text in texts]
+    assert convert(records, "--dirty", "--is_shuffle", "False")[0] == 0
+    assert files(tmp_path / "out") == {"train_dirty.txt": "文一\t新\n文二\t新\n文 三\t新\n"}
+    status, error = convert(as_doccano(TEXTS), "--dirty", "--overwrite")
+    assert status == 2 and "no text has a tab and an old label behind it" in error
+
+
+def test_valid_is_one_file_without_labels(convert, tmp_path):
+    assert convert(as_doccano(TEXTS), "--valid", "--is_shuffle", "False")[0] == 0
+    content = "要求离婚\t离婚\n分割房屋\t财产,债务\n没有争议\t\n"
+    assert files(tmp_path / "out") == {"valid.txt": content}
+
+
+def test_unlabelled_samples_can_be_left_out(convert, tmp_path):
+    status, error = convert(as_doccano(TEXTS), "--skip_unlabeled", "--is_shuffle", "false")
+    assert status == 0 and "1 samples have no label: left out." in error
+    lines = (tmp_path / "out" / "train.txt").read_text("utf-8").splitlines()
+    assert lines == ["要求离婚\t离婚", "分割房屋\t财产,债务"]
+
+
+def test_label_file_keeps_the_class_ids(convert, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "label.txt").write_text("财产\n离婚\n旧标签\n债务\n", encoding="utf-8")
+    flags = ["--label_file", tmp_path / "out" / "label.txt"]
+    assert convert(as_doccano(TEXTS), *flags)[0] == 0
+    assert (tmp_path / "out" / "label.txt").read_text("utf-8") == "财产\n离婚\n旧标签\n债务\n"
+    status, error = convert(
+        as_doccano([*TEXTS, ("新", ["甲"]), ("新", ["乙"])]), *flags, "--overwrite"
+    )
+    first = f"error: {tmp_path / 'export.any'}:4: label '甲' is not in --label_file"
+    assert status == 2 and first in error and ":5: label '乙' is not in" in error
+
+
+# -------------------------------------------------------------------------------------- the splits
+def many(count, seed=0):
+    """Texts with labels of falling frequency, some without any, some that come twice."""
+    rng = np.random.default_rng(seed)
+    names = [f"标签{i}" for i in range(8)]
+    chance = 0.5 ** np.arange(1, 9)
+    samples = []
+    for i in range(count):
+        given = [name for name, p in zip(names, chance) if rng.random() < p]
+        samples += [(f"文本{i}", given)] * (2 if i % 10 == 0 else 1)
+    return samples
+
+
+@pytest.mark.parametrize(
+    "splits, names",
+    [
+        (["1"], ["train.txt"]),
+        (["1.0"], ["train.txt"]),
+        (["0.8", "0.2"], ["train.txt", "dev.txt"]),
+        (["0.7", "0.2", "0.1"], ["train.txt", "dev.txt", "test.txt"]),
+    ],
+    ids=" ".join,
+)
+@pytest.mark.parametrize("shuffle", ["True", "False"])
+def test_splits(convert, tmp_path, splits, names, shuffle):
+    samples = many(400)
+    status, error = convert(as_doccano(samples), "--is_shuffle", shuffle, splits=splits)
+    assert status == 0
+    assert set(files(tmp_path / "out")) == {*names, "data.txt", "label.txt"}
+    parts = [samples_of(tmp_path / "out" / name) for name in names]
+    assert Counter(map(str, sum(parts, []))) == Counter(map(str, samples))
+    texts = [{text for text, _ in part} for part in parts]
+    assert sum(map(len, texts)) == len(set.union(*texts))  # a text is in one split only
+    for part, ratio in zip(parts, splits):
+        assert abs(len(part) - len(samples) * float(ratio)) < 0.02 * len(samples)
+    in_order = [sorted(part, key=samples.index) == part for part in parts]
+    assert in_order == [shuffle == "False"] * len(parts)
+    if shuffle == "False":
+        assert parts[0][:300] == samples[:300]
+    if len(splits) > 1:
+        assert "40 texts occur more than once, 0 with unlike labels" in error
+
+
+def test_only_the_seed_decides(tmp_path):
+    """Sets of strings are iterated in another order in every process."""
+    (tmp_path / "export.jsonl").write_text(as_jsonl(as_doccano(many(200))), encoding="utf-8")
+    for name, hash_seed, flags in (("a", "1", []), ("b", "2", []), ("c", "1", ["--seed", "4"])):
+        command = [sys.executable, REPO / "data" / "doccano.py", "--save_dir", tmp_path / name]
+        command += ["--doccano_file", tmp_path / "export.jsonl", *flags]
+        subprocess.run(command, check=True, env={**os.environ, "PYTHONHASHSEED": hash_seed})
+    a, b, c = (files(tmp_path / name) for name in "abc")
+    assert a == b and a["label.txt"] == c["label.txt"]
+    assert a["dev.txt"] != c["dev.txt"] and set(a["dev.txt"]) > {"\t", "\n"}
+
+
+def test_stratified_far_better_than_at_random():
+    samples, rng = many(2000), np.random.default_rng(0)
+    ids = [[int(name[2:]) for name in names] for _, names in samples]
+    targets, sizes = utils.multi_hot(ids, 8), [len(ids) - 220, 220]
+    chosen = np.array(doccano.stratify([[i] for i in range(len(ids))], ids, 8, sizes, rng))
+
+    def gap(dev):
+        return abs(targets[dev].mean(0) - targets.mean(0)).max()
+
+    at_random = [gap(rng.permutation(len(ids))[:220]) for _ in range(20)]
+    assert gap(chosen == 1) < 0.01 < np.mean(at_random)
+
+
+@pytest.mark.parametrize("num_labels", [20, 1000])
+def test_stratifying_is_quick(num_labels):
+    rng, count = np.random.default_rng(0), 16000
+    ids = [
+        [int(i)] + ([int(i) // 2] if i % 3 else []) for i in rng.integers(num_labels, size=count)
+    ]
+    ids = [list(dict.fromkeys(i)) for i in ids]
+    start, groups = time.process_time(), [[i] for i in range(count)]
+    chosen = np.array(doccano.stratify(groups, ids, num_labels, [12800, 3200], rng))
+    assert time.process_time() - start < 5
+    assert abs((chosen == 1).sum() - 3200) <= 0.02 * 12800
+    targets = utils.multi_hot(ids, num_labels)
+    assert abs(targets[chosen == 1].sum(0) - 0.2 * targets.sum(0)).max() <= 6
+
+
+def test_rare_labels_leave_no_split_empty():
+    """Each alone would go to the largest split."""
+    rng, ids = np.random.default_rng(0), [[i] for i in range(100)]
+    chosen = doccano.stratify([[i] for i in range(100)], ids, 100, [80, 10, 10], rng)
+    assert sorted(map(chosen.count, range(3))) == [9, 10, 81]
+
+
+# -------------------------------------------------------------------------------------- the faults
+GOOD = '{"id": 1, "data": "好", "label": ["甲"]}\n'
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("{'data': 'x'}", "not JSON; export JSONL from doccano or JSON from Label Studio"),
+        ("[1, 2]", "no text in field data or text; name the right one with --text_field"),
+        ('{"label": ["甲"]}', "no text in field data or text; name the right one"),
+        ('{"data": 5, "label": ["甲"]}', "no text in field data or text; name the right one"),
+        ('{"data": "x", "label": [[0, 3, "甲"]]}', 'label [0, 3, "甲"] is no name; export text'),
+        ('{"data": "x", "label": [3]}', "label 3 is no name; export text classification, not"),
+        ('{"data": "x", "label": ["甲,乙"]}', "label '甲,乙' has a comma, tab or line break"),
+        ('{"data": "x", "label": ["甲\\t乙"]}', "label '甲\\t乙' has a comma, tab or line break"),
+        ('{"data": "x", "label": ["甲\\n乙"]}', "label '甲\\n乙' has a comma, tab or line break"),
+        ('{"data": "x", "label": [" "]}', "empty label name; rename it"),
+        ('{"data": " \\n", "label": ["甲"]}', "empty text; delete the record"),
+        ('{"data": "\\ud83d", "label": ["甲"]}', "half a surrogate pair is no character"),
+        ('{"data": "x", "label": ["\\ud83d"]}', "half a surrogate pair is no character"),
+    ],
+    ids=[
+        "not JSON",
+        "not an object",
+        "no text",
+        "text is a number",
+        "spans",
+        "label ids",
+        "comma",
+        "tab",
+        "line break",
+        "empty label",
+        "empty text",
+        "text with a surrogate",
+        "label with a surrogate",
+    ],
+)
+def test_faulty_record(convert, tmp_path, line, message):
+    status, error = convert(f"{GOOD}\n{line}\n{GOOD}")
+    assert status == 2 and len(error.splitlines()) == 1
+    assert error.startswith(f"error: {tmp_path / 'export.any'}:3: {message}")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("", ": no records; "),
+        ("[]", ": no records; "),
+        ('[{"id": 1,\n "data": }]', ":2: not JSON (Expecting value); export again"),
+        (b'[{"data": "\xff"}]', ": not JSON in UTF-8 ("),
+        (GOOD.encode() + b'{"data": "\xff"}', ":2: not valid UTF-8 (byte 0xff at column 11)"),
+        (b"PK\x03\x04rest", ": a zip archive; unpack it and give the file inside"),
+        ('{"data": "x", "label": []}', ": no text has a label; annotate and export again"),
+        ('{"data": "x"}', ": no labels in field label or labels or choice or choices, only data; "),
+        (
+            json.dumps([task("文")]),
+            ": no labels in field label or labels or choice or choices, and",
+        ),
+        (json.dumps([task("", annotation(["甲"]), number=9)]), ": task 9: empty text; delete"),
+        (json.dumps([{"text": "", "label": ["甲"]}]), ": record 1: empty text; delete"),
+    ],
+    ids=[
+        "empty file",
+        "empty array",
+        "array not JSON",
+        "array not UTF-8",
+        "lines not UTF-8",
+        "zip",
+        "no label at all",
+        "no label field",
+        "no annotation",
+        "task",
+        "record",
+    ],
+)
+def test_faulty_export(convert, tmp_path, content, message):
+    status, error = convert(content)
+    assert status == 2 and len(error.splitlines()) == 1, error
+    assert error.startswith(f"error: {tmp_path / 'export.any'}{message}")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("faults", [10, 12])
+def test_ten_faults_are_listed_at_once(convert, faults):
+    status, error = convert(as_doccano([("好", ["甲"])] + [("", ["甲"])] * faults))
+    assert status == 2 and error.count("empty text") == 10
+    assert error.endswith("... and 2 more such lines\n") == (faults == 12)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--splits", "0.8", "0.3"], "--splits: every share must be above 0 and their sum 1"),
+        (["--splits", "1", "0"], "--splits: every share must be above 0 and their sum 1"),
+        (["--splits", "0.5", "0.2", "0.2", "0.1"], "--splits: give 1, 2 or 3 shares"),
+        (["--splits", "0.9", "0.05", "0.05"], "3 samples are too few for 3 splits"),
+        (["--splits", "0.8", "0.2", "--valid"], "--valid and --dirty write one file; add --splits"),
+        (["--valid", "--dirty"], "--dirty: not allowed with argument --valid"),
+        (["--is_shuffle", "maybe"], "maybe is neither True nor False"),
+        (
+            ["--task_type", "hierarchical"],
+            "--task_type hierarchical: only multi_label is supported",
+        ),
+        (["--label_file", "none.txt"], "none.txt: No such file or directory; check the path"),
+        (["--doccano_file", "none.jsonl"], "none.jsonl: No such file or directory; check the path"),
+        (["--save_dir", SAMPLE / "label.txt"], "label.txt: "),
+    ],
+)
+def test_bad_arguments(convert, tmp_path, flags, message):
+    status, error = convert(as_doccano(TEXTS), *flags)
+    assert status == 2 and message in error.splitlines()[-1]
+    assert os.listdir(tmp_path) == ["export.any"]
+
+
+@pytest.mark.parametrize("name", ["train.txt", "dev.txt", "data.txt", "label.txt"])
+def test_existing_file_is_kept(convert, tmp_path, name):
+    path = tmp_path / "out" / name
+    path.parent.mkdir()
+    path.write_text("alt")
+    status, error = convert(as_doccano(TEXTS), splits=("0.7", "0.3"))
+    assert status == 2 and error == f"error: {path}: exists; add --overwrite to replace it\n"
+    assert files(tmp_path / "out") == {name: "alt"}
+    assert convert(as_doccano(TEXTS), "--overwrite", splits=("0.7", "0.3"))[0] == 0
+    assert "alt" not in files(tmp_path / "out")[name]
+
+
+def test_file_of_an_earlier_run_is_pointed_out(convert, tmp_path):
+    assert convert(as_doccano(many(50)), splits=("0.6", "0.2", "0.2"))[0] == 0
+    status, error = convert(as_doccano(many(50)), "--overwrite", splits=("0.8", "0.2"))
+    assert status == 0 and f"{tmp_path / 'out' / 'test.txt'} is of an earlier run" in error
+
+
+def test_full_disk_leaves_the_old_files(convert, tmp_path, monkeypatch):
+    assert convert(as_doccano(many(50)), splits=("0.8", "0.2"))[0] == 0
+    old, count, fsync = files(tmp_path / "out"), 0, os.fsync
+
+    def full(descriptor):
+        nonlocal count
+        count += 1
+        if count > 3:  # the fourth file
+            raise OSError(28, "No space left on device")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    status, error = convert(as_doccano(many(60)), "--overwrite", splits=("0.8", "0.2"))
+    assert status == 2 and "No space left on device; nothing was replaced" in error
+    assert files(tmp_path / "out") == old
+
+
+def test_the_sample_folder_can_be_rebuilt(convert, tmp_path):
+    """The shipped train.txt as an annotation export gives a data folder that the readers accept."""
+    samples = samples_of(SAMPLE / "train.txt")
+    flags = ["--label_file", SAMPLE / "label.txt"]
+    assert convert(as_doccano(samples), *flags, splits=("0.8", "0.2"))[0] == 0
+    labels = utils.read_labels(tmp_path / "out" / "label.txt")
+    assert labels == utils.read_labels(SAMPLE / "label.txt")
+    texts = []
+    for name in ("train.txt", "dev.txt"):
+        found, ids = utils.read_examples(tmp_path / "out" / name, labels)
+        assert utils.multi_hot(ids, len(labels)).sum(0).min() > 0  # each label is in both
+        texts += found
+    assert sorted(texts) == sorted(text for text, _ in samples)
