@@ -1,0 +1,322 @@
+"""Checks a data folder before training: faults, duplicates, label counts, text lengths.
+
+    python data/check.py --dataset_dir data --output_dir check
+
+The report goes to stdout and, with --output_dir, to report.json and plots. The exit status is 2 if
+there are lines that train.py would refuse.
+"""
+
+import json
+import sys
+from collections import Counter
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import utils  # noqa: E402
+from utils import UserError, logger  # noqa: E402
+
+SHOWN = 10  # groups of duplicates and pairs of labels in the text report; report.json has all
+PLOTTED = 60  # labels in a plot, the most frequent ones
+LENGTHS = {
+    "mean": np.mean,
+    "median": np.median,
+    "p95": lambda values: np.percentile(values, 95, method="higher"),
+    "p99": lambda values: np.percentile(values, 99, method="higher"),
+    "max": np.max,
+}
+
+
+def parse_args(argv=None):
+    parser = utils.new_parser(__doc__)
+    add = parser.add_argument_group("data").add_argument
+    add("--dataset_dir", required=True, help="folder of the files below")
+    add("--train_file", default="train.txt", help="training set")
+    add("--dev_file", default="dev.txt", help="development set")
+    add("--test_file", help="test set; None: test.txt if it exists")
+    add("--label_file", default="label.txt", help="label names; the line number is the class id")
+    add = parser.add_argument_group("lengths").add_argument
+    add("--params_path", help="model folder to count tokens with; None: count characters + 2")
+    lengths = "sequence lengths, [CLS] and [SEP] included"
+    default = [64, 128, 256, 384, 512]
+    add("--max_seq_length", type=utils.at_least(3), nargs="+", default=default, help=lengths)
+    add = parser.add_argument_group("output").add_argument
+    add("--output_dir", help="folder for report.json and plots; None: report on stdout only")
+    return parser.parse_args(argv)
+
+
+# ----------------------------------------------------------------------------------------- facts
+def lengths_of(texts, tokenizer):
+    """Sequence lengths, [CLS] and [SEP] included."""
+    if tokenizer is None:  # nearly the number of tokens for Chinese, too many for English
+        return np.array([len(text) + 2 for text in texts])
+    return np.array([len(ids) for ids in utils.encode(texts, tokenizer, sys.maxsize)[0]])
+
+
+def places(scan):
+    """{text: [(line, its set of class ids)]}"""
+    found = {}
+    for text, ids, number in zip(scan.texts, scan.label_ids, scan.numbers):
+        found.setdefault(text, []).append((number, frozenset(ids)))
+    return found
+
+
+def describe(path, scan, lengths, max_seq_lengths):
+    """The facts of one file."""
+    sizes = Counter(map(len, scan.label_ids))
+    return {
+        "path": str(path),
+        "samples": len(scan.texts),
+        "blank_lines": scan.blank,
+        "malformed": scan.problems,
+        "unlabelled": sizes[0],
+        "labels_per_sample": {str(size): sizes[size] for size in sorted(sizes)},
+        "duplicates": [
+            {
+                "lines": [number for number, _ in where],
+                "same_labels": len({ids for _, ids in where}) == 1,
+                "text": text,
+            }
+            for text, where in places(scan).items()
+            if len(where) > 1
+        ],
+        "length": {name: float(of(lengths)) for name, of in LENGTHS.items() if len(lengths)},
+        "longer_than": {str(size): int((lengths > size).sum()) for size in max_seq_lengths},
+    }
+
+
+def shared_texts(train, other):
+    """The texts of `other` that stand in `train` too."""
+    seen = places(train)
+    return [
+        {
+            "train_lines": [number for number, _ in seen[text]],
+            "lines": [number for number, _ in where],
+            "same_labels": len({ids for _, ids in seen[text] + where}) == 1,
+            "text": text,
+        }
+        for text, where in places(other).items()
+        if text in seen
+    ]
+
+
+def make_report(labels, paths, scans, lengths, args):
+    """All facts, ready for JSON."""
+    counts = {n: Counter(i for ids in s.label_ids for i in ids) for n, s in scans.items()}
+    pairs = Counter(p for ids in scans["train"].label_ids for p in combinations(sorted(ids), 2))
+    return {
+        "length_unit": "tokens" if args.params_path else "characters + 2",
+        "files": {
+            name: describe(paths[name], scan, lengths[name], args.max_seq_length)
+            for name, scan in scans.items()
+        },
+        "labels": [
+            {"id": i, "label": label, **{name: counts[name][i] for name in scans}}
+            for i, label in enumerate(labels)
+        ],
+        "absent": {n: [label for i, label in enumerate(labels) if not counts[n][i]] for n in scans},
+        "shared_with_train": {
+            name: shared_texts(scans["train"], scans[name]) for name in list(scans)[1:]
+        },
+        "co_occurrence": [
+            {"ids": list(pair), "labels": [labels[i] for i in pair], "train": count}
+            for pair, count in sorted(pairs.items(), key=lambda item: (-item[1], item[0]))
+        ],
+    }
+
+
+# ------------------------------------------------------------------------------------------ text
+def share(count, total):
+    return f"{count} ({100 * count / max(total, 1):.1f}%)"
+
+
+def some(groups, line):
+    """`line` of the first groups, each on a line of its own."""
+    lines = [f"    {line(group)}" for group in groups[:SHOWN]]
+    if len(groups) > SHOWN:
+        lines.append(f"    ... and {len(groups) - SHOWN} more")
+    return lines
+
+
+def numbers(lines):
+    return ", ".join(map(str, lines))
+
+
+def repeated(groups):
+    """How many texts, and how many of them are labelled in more than one way."""
+    return f"{len(groups)} ({sum(not g['same_labels'] for g in groups)} with unlike labels)"
+
+
+def mark(group):
+    return "" if group["same_labels"] else " (unlike labels)"
+
+
+def text_report(report):
+    """The report as lines for the reader."""
+    lines = []
+    for name, facts in report["files"].items():
+        total, sizes = facts["samples"], facts["labels_per_sample"]
+        mean = sum(int(size) * count for size, count in sizes.items()) / max(total, 1)
+        groups = facts["duplicates"]
+        lines += [
+            f"{name}: {total} samples in {facts['path']}",
+            f"  malformed lines: {len(facts['malformed'])}, blank lines: {facts['blank_lines']}",
+            f"  samples without labels: {share(facts['unlabelled'], total)}",
+            f"  samples by number of labels: {numbers(f'{k}: {n}' for k, n in sizes.items())}"
+            f" (mean {mean:.3f})",
+            f"  length in {report['length_unit']}: "
+            + numbers(
+                f"{key} {value:.1f}".removesuffix(".0") for key, value in facts["length"].items()
+            ),
+            "  cut at max_seq_length: "
+            + numbers(f"{k}: {share(n, total)}" for k, n in facts["longer_than"].items()),
+            f"  texts that stand there more than once: {repeated(groups)}",
+            *some(groups, lambda g: f"lines {numbers(g['lines'])}{mark(g)}"),
+        ]
+    for name, groups in report["shared_with_train"].items():
+        lines.append(f"texts of {name} that stand in train too: {repeated(groups)}")
+        lines += some(
+            groups,
+            lambda g: f"{name} {numbers(g['lines'])} = train {numbers(g['train_lines'])}{mark(g)}",
+        )
+    totals = {name: facts["samples"] for name, facts in report["files"].items()}
+    lines.append(f"{'id':>4}" + "".join(f"{name:>16}" for name in totals) + "  label")
+    for row in report["labels"]:
+        cells = "".join(f"{share(row[name], total):>16}" for name, total in totals.items())
+        lines.append(f"{row['id']:>4}{cells}  {row['label']}")
+    for name, absent in report["absent"].items():
+        lines.append(f"labels that {name} lacks: {numbers(absent) or 'none'}")
+    lines.append("labels that occur together in train:")
+    lines += some(report["co_occurrence"], lambda p: f"{p['train']}: {' + '.join(p['labels'])}")
+    for facts in report["files"].values():
+        lines += facts["malformed"]
+    return lines
+
+
+# ----------------------------------------------------------------------------------------- plots
+def find_font(text):
+    """A font that has every character of `text`, or None; most installations have no Chinese."""
+    from matplotlib import font_manager, ft2font
+
+    def unusual(entry):  # a regular upright face is preferred
+        return entry.weight not in (400, "normal", "regular"), entry.style != "normal", entry.fname
+
+    installed = sorted(font_manager.fontManager.ttflist, key=unusual)
+    for path in [font_manager.findfont("DejaVu Sans"), *(entry.fname for entry in installed)]:
+        try:
+            font = ft2font.FT2Font(path)
+        except (OSError, RuntimeError):  # removed since, or broken
+            continue
+        # macOS has a font that draws a box for every character.
+        if "lastresort" not in path.lower() and all(font.get_char_index(ord(c)) for c in set(text)):
+            return font_manager.FontProperties(fname=path)
+    return None
+
+
+def name_ticks(axis, rows, font):
+    """The labels' names at an axis, or their class ids where no font has the names."""
+    names = [f"{r['id']} {r['label']}" if font else str(r["id"]) for r in rows]
+    axis.set_ticks(range(len(rows)), names)
+    for tick in axis.get_ticklabels():
+        tick.set(parse_math=False, fontproperties=font)
+
+
+def plot_labels(figure, report, rows, font):
+    figure.set_size_inches(9, 2 + 0.3 * len(rows))
+    axes = figure.subplots()
+    height = 0.8 / len(report["files"])
+    for n, (name, facts) in enumerate(report["files"].items()):
+        values = [100 * row[name] / max(facts["samples"], 1) for row in rows]
+        axes.barh(np.arange(len(rows)) + n * height - 0.4 + height / 2, values, height, label=name)
+    name_ticks(axes.yaxis, rows, font)
+    axes.margins(y=0.01)
+    axes.invert_yaxis()
+    axes.set_xlabel("% of the samples")
+    axes.legend()
+
+
+def plot_samples(figure, report, lengths, max_seq_lengths):
+    figure.set_size_inches(11, 4)
+    left, right = figure.subplots(1, 2)
+    highest = max(int(k) for facts in report["files"].values() for k in facts["labels_per_sample"])
+    bins = np.linspace(0, max(values.max(initial=1) for values in lengths.values()), 61)
+    for name, facts in report["files"].items():
+        total, sizes = max(facts["samples"], 1), facts["labels_per_sample"]
+        shares = [100 * sizes.get(str(size), 0) / total for size in range(highest + 1)]
+        left.plot(range(highest + 1), shares, marker="o", label=name)
+        weights = np.full(len(lengths[name]), 100 / total)
+        right.hist(lengths[name], bins, weights=weights, histtype="step", label=name)
+    for size in max_seq_lengths:
+        right.axvline(size, color="gray", linestyle=":", linewidth=1)
+    left.set(xlabel="labels per sample", ylabel="% of the samples")
+    right.set(xlabel=f"length in {report['length_unit']}", ylabel="% of the samples")
+    left.legend()
+    right.legend()
+
+
+def plot_co_occurrence(figure, report, rows, font):
+    place = {row["id"]: n for n, row in enumerate(rows)}
+    shares = np.zeros((len(rows), len(rows)))
+    for pair in report["co_occurrence"]:
+        a, b = (place.get(i) for i in pair["ids"])
+        if a is not None and b is not None:
+            shares[a, b] = shares[b, a] = pair["train"]
+    shares *= 100 / np.maximum([[row["train"]] for row in rows], 1)
+    size = 4 + 0.25 * len(rows)
+    figure.set_size_inches(size + 1, size)
+    axes = figure.subplots()
+    figure.colorbar(axes.imshow(shares, vmin=0, vmax=100, cmap="Blues"), shrink=0.6)
+    name_ticks(axes.yaxis, rows, font)
+    axes.set_xticks(range(len(rows)), [str(row["id"]) for row in rows], rotation=90)
+    axes.set_title("% of the row's label that has the column's label too (train)")
+
+
+def write_plots(folder, report, lengths, max_seq_lengths):
+    from matplotlib.figure import Figure  # takes a second to import
+
+    rows = sorted(report["labels"], key=lambda row: -row["train"])[:PLOTTED]
+    # "lp": Matplotlib measures the height of a line by these two.
+    font = find_font("lp 0123456789" + "".join(row["label"] for row in rows))
+    if font is None:
+        logger.warning("No installed font has all label names; the plots show class ids instead")
+    plots = {
+        "labels.png": (plot_labels, rows, font),
+        "samples.png": (plot_samples, lengths, max_seq_lengths),
+        "co_occurrence.png": (plot_co_occurrence, rows, font),
+    }
+    for name, (plot, *arguments) in plots.items():
+        figure = Figure(layout="tight")
+        plot(figure, report, *arguments)
+        with utils.atomic_file(folder / name, "wb") as file:
+            figure.savefig(file, format="png")
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    data = Path(args.dataset_dir)
+    paths = {"train": data / args.train_file, "dev": data / args.dev_file}
+    if args.test_file or (data / "test.txt").exists():
+        paths["test"] = data / (args.test_file or "test.txt")
+    tokenizer = utils.load_tokenizer(args.params_path) if args.params_path else None
+    labels = utils.read_labels(data / args.label_file)
+    scans = {name: utils.scan_examples(path, labels) for name, path in paths.items()}
+    lengths = {name: lengths_of(scan.texts, tokenizer) for name, scan in scans.items()}
+    report = make_report(labels, paths, scans, lengths, args)
+    if args.output_dir:
+        folder = Path(args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_plots(folder, report, lengths, args.max_seq_length)
+        with utils.atomic_file(folder / "report.json") as file:
+            json.dump(report, file, ensure_ascii=False, indent=2)
+            file.write("\n")
+        logger.info("Report and plots saved in %s", folder)
+    print("\n".join(text_report(report)), flush=True)
+    bad = sum(len(scan.problems) for scan in scans.values())
+    if bad:
+        raise UserError(f"{bad} faults that train.py refuses, listed at the end of the report")
+
+
+if __name__ == "__main__":
+    utils.cli(main)
