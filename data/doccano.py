@@ -28,6 +28,7 @@ from utils import UserError, logger  # noqa: E402
 
 TEXT_FIELDS = ("data", "text")
 LABEL_FIELDS = ("label", "labels", "choice", "choices")
+DRAWS = 5  # stratified splits of which the best is taken
 
 
 def boolean(value):
@@ -111,7 +112,7 @@ def as_list(value):
 
 
 def has_choices(value):
-    return any(isinstance(v, dict) and isinstance(v.get("choices"), list) for v in as_list(value))
+    return isinstance(value, dict) and isinstance(value.get("choices"), list)
 
 
 def split_record(record):
@@ -133,12 +134,12 @@ def split_record(record):
 def find_label_fields(path, answers, given):
     """Names of the fields that may hold the labels; the first that a record has counts."""
     names = dict.fromkeys(name for answer in answers for name in answer)
-    choices = [name for name in names if any(has_choices(a.get(name)) for a in answers)]
+    choices = [n for n in names if any(any(map(has_choices, as_list(a.get(n)))) for a in answers)]
     found = [given] if given else choices or list(LABEL_FIELDS)
     if len(choices) > 1 and not given:
         raise UserError(f"{path}: choices in {', '.join(choices)}; name one with --label_field")
     if not any(name in names for name in found):
-        fields = f"only {', '.join(names)}" if names else "and no annotation"
+        fields = f"only {', '.join(names)}" if names else "no annotation at all"
         hint = "export the annotations or name the field with --label_field"
         raise UserError(f"{path}: no labels in field {' or '.join(found)}, {fields}; {hint}")
     return found
@@ -168,9 +169,7 @@ def clean_text(text, dirty):
 
 def clean_labels(value, known):
     """One annotator's label names; raises ValueError for any that is none or not in `known`."""
-    names = []
-    for item in as_list(value):
-        names += item["choices"] if has_choices(item) else [item]
+    names = sum((i["choices"] if has_choices(i) else [i] for i in as_list(value)), [])
     for i, name in enumerate(names):
         if not isinstance(name, str):
             what = json.dumps(name, ensure_ascii=False)[:40]
@@ -195,8 +194,6 @@ def read_samples(args, known):
     """[(text, label names)] in the order of the export; raises UserError that lists the faults."""
     path, problems, votes, changed, tabs = args.doccano_file, [], {}, 0, 0
     records = read_records(path)
-    if not records:
-        raise UserError(f"{path}: no records; annotate texts and export again")
     parts = [split_record(r) if isinstance(r, dict) else ({}, []) for _, r in records]
     label_fields = find_label_fields(path, [a for part in parts for a in part[1]], args.label_field)
     for (where, record), (fields, answers) in zip(records, parts):
@@ -223,10 +220,9 @@ def read_samples(args, known):
         raise UserError(f"{path}: no text has a label; annotate and export again")
     if len(samples) < len(votes):
         logger.info("Left out %d tasks without annotation.", len(votes) - len(samples))
-    if several := [given for given in votes.values() if len(given) > 1]:
-        unlike = sum(len(set(map(frozenset, given))) > 1 for given in several)
+    if several := [set(map(frozenset, given)) for given in votes.values() if len(given) > 1]:
         message = "%d texts have several annotators, %d with unlike labels: the majority decides."
-        logger.info(message, len(several), unlike)
+        logger.info(message, len(several), sum(len(answers) > 1 for answers in several))
     if changed and not args.dirty:
         logger.warning("Tabs or line breaks in %d texts became spaces.", changed)
     if unlabelled := sum(not names for _, names in samples):
@@ -268,6 +264,16 @@ def stratify(groups, label_ids, num_labels, sizes, rng):
     return chosen
 
 
+def share_gap(samples, parts):
+    """The largest difference between a label's share of a part and its share of all samples."""
+    counts = [Counter(x for _, names in part for x in names) for part in (samples, *parts)]
+    shares = [
+        [count[x] / max(len(part), 1) for x in counts[0]]
+        for count, part in zip(counts, (samples, *parts))
+    ]
+    return float(abs(np.array(shares) - shares[0]).max())
+
+
 def split(samples, labels, args):
     """A list of samples for each split; samples of the same text stay together."""
     rng, ids = np.random.default_rng(args.seed), {name: i for i, name in enumerate(labels)}
@@ -276,34 +282,28 @@ def split(samples, labels, args):
     for i, (text, _) in enumerate(samples):
         by_text.setdefault(text, []).append(i)
     groups = list(by_text.values())
-    ends = [int(len(samples) * share) for share in accumulate(args.splits)]
-    sizes = np.diff([0, *ends]).tolist()
-    order = range(len(samples))
-    if args.is_shuffle:
-        order = rng.permutation(len(samples))
-        chosen = stratify(groups, label_ids, len(labels), sizes, rng)
-    else:
-        chosen = [sum(group[0] >= end for end in ends) for group in groups]
-    split_of = {i: j for group, j in zip(groups, chosen) for i in group}
-    parts = [[samples[i] for i in order if split_of[i] == j] for j in range(len(sizes))]
-    if not all(parts):
-        raise UserError(f"--splits: {len(samples)} samples are too few for {len(sizes)} splits")
-    repeated = [group for group in groups if len(group) > 1]
-    if repeated:
+    if repeated := [group for group in groups if len(group) > 1]:
         unlike = sum(len({frozenset(label_ids[i]) for i in group}) > 1 for group in repeated)
         message = "%d texts occur more than once, %d with unlike labels; each is in one split only"
         logger.warning(message, len(repeated), unlike)
+    ends = [int(len(samples) * share) for share in accumulate(args.splits)]
+    sizes = np.diff([0, *ends]).tolist()
+
+    def parts_of(chosen, order):
+        split_of = {i: j for group, j in zip(groups, chosen) for i in group}
+        return [[samples[i] for i in order if split_of[i] == j] for j in range(len(sizes))]
+
+    if args.is_shuffle:
+        order = rng.permutation(len(samples))
+        draws = (stratify(groups, label_ids, len(labels), sizes, rng) for _ in range(DRAWS))
+        candidates = [parts_of(chosen, order) for chosen in draws]
+        parts = min(candidates, key=lambda parts: share_gap(samples, parts))
+    else:
+        chosen = [sum(group[0] >= end for end in ends) for group in groups]
+        parts = parts_of(chosen, range(len(samples)))
+    if not all(parts):
+        raise UserError(f"--splits: {len(samples)} samples are too few for {len(sizes)} splits")
     return parts
-
-
-def log_shares(samples, parts):
-    whole, largest = Counter(name for _, names in samples for name in names), 0
-    for part in parts:
-        counts = Counter(name for _, names in part for name in names)
-        gaps = (abs(counts[name] / len(part) - n / len(samples)) for name, n in whole.items())
-        largest = max(largest, *gaps)
-    message = "Label shares of the splits differ from the whole by at most %.2f percentage points."
-    logger.info(message, 100 * largest)
 
 
 # ------------------------------------------------------------------------------------- the files
@@ -339,7 +339,8 @@ def main(argv=None):
         what = "labels" if name == "label.txt" else "examples"
         logger.info(f"Save %d {what} to %s.", len(contents[name]), folder / name)
     if len(parts) > 1:
-        log_shares(samples, parts)
+        message = "Label shares of splits and whole differ by at most %.2f percentage points."
+        logger.info(message, 100 * share_gap(samples, parts))
     if whole and len(parts) < 3 and (folder / "test.txt").exists():
         logger.warning("%s is of an earlier run; remove it", folder / "test.txt")
     logger.info("Finished! It takes %.2f seconds", time.time() - start)

@@ -360,8 +360,8 @@ def test_faulty_record(convert, tmp_path, line, message):
 @pytest.mark.parametrize(
     "content, message",
     [
-        ("", ": no records; "),
-        ("[]", ": no records; "),
+        ("", ": no labels in field label or labels or choice or choices, no annotation at all; "),
+        ("[]", ": no labels in field label or labels or choice or choices, no annotation at all; "),
         ('[{"id": 1,\n "data": }]', ":2: not JSON (Expecting value); export again"),
         (b'[{"data": "\xff"}]', ": not JSON in UTF-8 ("),
         (GOOD.encode() + b'{"data": "\xff"}', ":2: not valid UTF-8 (byte 0xff at column 11)"),
@@ -370,7 +370,7 @@ def test_faulty_record(convert, tmp_path, line, message):
         ('{"data": "x"}', ": no labels in field label or labels or choice or choices, only data; "),
         (
             json.dumps([task("文")]),
-            ": no labels in field label or labels or choice or choices, and",
+            ": no labels in field label or labels or choice or choices, no annotation at all; ",
         ),
         (json.dumps([task("", annotation(["甲"]), number=9)]), ": task 9: empty text; delete"),
         (json.dumps([{"text": "", "label": ["甲"]}]), ": record 1: empty text; delete"),
