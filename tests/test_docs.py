@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import infer
 import pytest
@@ -74,6 +75,28 @@ def test_readme_command(
     if "--output_file" in command:
         made = "output.txt"
     assert (tmp_path / made).exists() if made else capsys.readouterr().out
+
+
+def test_commands_of_the_data_readme(tiny_model, tmp_path, monkeypatch):
+    """In their order in one folder, as a reader gives them; the others would change data/."""
+    (tmp_path / "data").symlink_to(REPO / "data")
+    (tmp_path / "tiny_ernie").symlink_to(tiny_model)
+    for name, old in (("doccano", ""), ("more", ""), ("valid", ""), ("dirty", "\t旧")):
+        records = [
+            {"id": i, "data": f"文{i}{old}", "label": ["甲", "乙"][i % 2 :]} for i in range(30)
+        ]
+        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        (tmp_path / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    given = [c for c in commands("data/README.md") if c[1] in ("data/doccano.py", "data/check.py")]
+    for command in given:
+        importlib.import_module(Path(command[1]).stem).main(command[2:])
+    written = {str(path.relative_to(tmp_path)) for path in tmp_path.glob("[mc]*/*")}
+    names = "train dev test data label valid train_dirty".split()
+    expected = {f"my_data/{name}.txt" for name in names}
+    expected |= {f"my_data2/{name}.txt" for name in ("train", "dev", "data", "label")}
+    plots = {f"check/{name}.png" for name in ("labels", "samples", "co_occurrence")}
+    assert written == {*expected, *plots, "check/report.json"} and len(given) == 6
 
 
 def test_every_readme_has_the_same_commands():
