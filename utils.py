@@ -595,6 +595,20 @@ def atomic_file(path, mode="w"):
         temporary.unlink(missing_ok=True)
 
 
+def write_files(folder, contents):
+    """Writes {file name: str or bytes} into a folder, which is made if it is missing.
+
+    All are on the disk before the first takes its place, so a full disk leaves the old ones.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        for name, content in contents.items():
+            file = stack.enter_context(atomic_file(Path(folder) / name, "wb"))
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+
+
 @contextlib.contextmanager
 def atomic_folder(path):
     """`with atomic_folder(path) as temporary`: what the block puts there appears in `path`.

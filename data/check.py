@@ -6,6 +6,7 @@ The report goes to stdout and, with --output_dir, to report.json and plots. The 
 there are lines that train.py would refuse.
 """
 
+import io
 import json
 import sys
 from collections import Counter
@@ -273,7 +274,8 @@ def plot_co_occurrence(figure, report, rows, font):
     axes.set_title("% of the row's label that has the column's label too (train)")
 
 
-def write_plots(folder, report, lengths, max_seq_lengths):
+def draw_plots(report, lengths, max_seq_lengths):
+    """{file name: PNG}"""
     from matplotlib.figure import Figure  # takes a second to import
 
     rows = sorted(report["labels"], key=lambda row: -row["train"])[:PLOTTED]
@@ -286,11 +288,13 @@ def write_plots(folder, report, lengths, max_seq_lengths):
         "samples.png": (plot_samples, lengths, max_seq_lengths),
         "co_occurrence.png": (plot_co_occurrence, rows, font),
     }
+    files = {}
     for name, (plot, *arguments) in plots.items():
-        figure = Figure(layout="tight")
+        figure, content = Figure(layout="tight"), io.BytesIO()
         plot(figure, report, *arguments)
-        with utils.atomic_file(folder / name, "wb") as file:
-            figure.savefig(file, format="png")
+        figure.savefig(content, format="png")
+        files[name] = content.getvalue()
+    return files
 
 
 def main(argv=None):
@@ -305,13 +309,10 @@ def main(argv=None):
     lengths = {name: lengths_of(scan.texts, tokenizer) for name, scan in scans.items()}
     report = make_report(labels, paths, scans, lengths, args)
     if args.output_dir:
-        folder = Path(args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_plots(folder, report, lengths, args.max_seq_length)
-        with utils.atomic_file(folder / "report.json") as file:
-            json.dump(report, file, ensure_ascii=False, indent=2)
-            file.write("\n")
-        logger.info("Report and plots saved in %s", folder)
+        files = draw_plots(report, lengths, args.max_seq_length)
+        files["report.json"] = json.dumps(report, ensure_ascii=False, indent=2) + "\n"
+        utils.write_files(args.output_dir, files)
+        logger.info("Report and plots saved in %s", args.output_dir)
     print("\n".join(text_report(report)), flush=True)
     bad = sum(len(scan.problems) for scan in scans.values())
     if bad:

@@ -15,7 +15,6 @@ import sys
 import time
 from argparse import ArgumentTypeError
 from collections import Counter
-from contextlib import ExitStack
 from fractions import Fraction
 from itertools import accumulate
 from pathlib import Path
@@ -328,13 +327,7 @@ def main(argv=None):
     contents = {"data.txt": [text for text, _ in parts[-1]], "label.txt": labels}
     for name, part in zip(names, parts):
         contents[name] = [f"{text}\t{','.join(given)}" for text, given in part]
-    folder.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as stack:  # all files are on the disk before the first is renamed
-        for name in targets:
-            file = stack.enter_context(utils.atomic_file(folder / name))
-            file.writelines(f"{line}\n" for line in contents[name])
-            file.flush()
-            os.fsync(file.fileno())
+    utils.write_files(folder, {n: "".join(f"{x}\n" for x in contents[n]) for n in targets})
     for name in targets:
         what = "labels" if name == "label.txt" else "examples"
         logger.info(f"Save %d {what} to %s.", len(contents[name]), folder / name)
