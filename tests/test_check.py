@@ -2,6 +2,7 @@
 
 import json
 import os
+import struct
 import warnings
 
 import check
@@ -244,13 +245,12 @@ def only_default_fonts(monkeypatch):
     return fonts
 
 
-@pytest.fixture
-def font_with_labels(tmp_path, only_default_fonts):
-    """A font of boxes for the characters of LABELS, as if it were installed."""
+def install_boxes(path, characters, fonts):
+    """A font of boxes for these characters, as if it were installed."""
     from fontTools.fontBuilder import FontBuilder
     from fontTools.pens.ttGlyphPen import TTGlyphPen
 
-    codes = {ord(c): f"uni{ord(c):04X}" for c in sorted(set("".join(LABELS) + "lp 0123456789"))}
+    codes = {ord(c): f"uni{ord(c):04X}" for c in sorted(set(characters))}
     pen = TTGlyphPen(None)
     pen.moveTo((100, 0))
     for point in ((900, 0), (900, 800), (100, 800)):
@@ -266,17 +266,20 @@ def font_with_labels(tmp_path, only_default_fonts):
     builder.setupNameTable({"familyName": "Boxes", "styleName": "Regular"})
     builder.setupOS2()
     builder.setupPost()
-    path = tmp_path / "boxes.ttf"
     builder.save(path)
     entry = matplotlib.font_manager.FontEntry(fname=str(path), name="Boxes", weight=400)
-    only_default_fonts.append(entry)
-    return path
+    fonts.append(entry)
 
 
-def test_names_in_plots_where_a_font_has_them(run, folder, font_with_labels):
+def test_names_in_plots_where_a_font_has_them(run, folder, tmp_path, only_default_fonts):
+    install_boxes(tmp_path / "1.ttf", "".join(LABELS), only_default_fonts)  # no digits
+    status, _, error, _ = run(folder)
+    assert status == 0 and "No installed font" in error
+    only_default_fonts.pop()
+    install_boxes(tmp_path / "2.ttf", "".join(LABELS) + "lp 0123456789", only_default_fonts)
     status, _, error, _ = run(folder)
     assert status == 0 and "No installed font" not in error
-    assert check.find_font("离婚").get_file() == str(font_with_labels)
+    assert check.find_font("离婚").get_file() == str(tmp_path / "2.ttf")
     assert check.find_font("离婚吗") is None  # not all of them
 
 
@@ -309,6 +312,9 @@ def test_many_labels(run, tmp_path):
     status, out, error, report = run(folder)
     assert status == 0 and len(report["labels"]) == count and "No installed font" not in error
     assert len(report["co_occurrence"]) == count - 1 and "    ... and 289 more\n" in out
+    for name in ("labels.png", "co_occurrence.png"):
+        header = (tmp_path / "out" / name).read_bytes()[16:24]  # width and height
+        assert max(struct.unpack(">2I", header)) <= 2100  # 60 of the labels
 
 
 # ------------------------------------------------------------------------------------ whole sets

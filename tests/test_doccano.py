@@ -130,12 +130,12 @@ def test_real_set_survives_the_round_trip(convert, tmp_path, shared):
         return np.array([counts[name] / len(samples) for name in labels])
 
     for part, ratio in zip(parts, (0.8, 0.1, 0.1)):
-        assert abs(share(part) - share(original)).max() < 0.01
+        assert abs(share(part) - share(original)).max() < 0.003  # at random 0.02
         assert abs(len(part) / (14377 * ratio) - 1) < 0.02 + 1e-3
 
 
 def test_annotators_are_settled_by_majority(convert, tmp_path):
-    votes = [annotation(names) for names in (["甲", "乙"], ["甲"], ["乙", "丙"])]
+    votes = [annotation(names) for names in (["甲", "乙"], ["甲"], ["乙", "丙", "丙"])]
     tasks = [
         task("三人", *votes, number=1),
         task("两人", annotation(["甲", "乙"]), annotation(["乙"]), number=2),
