@@ -3,6 +3,7 @@
 import zlib  # noqa: F401  before anything loads paddle, see platform notes in train.py
 import importlib.util
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -58,6 +59,45 @@ def small_data(tmp_path_factory):
         text = (SAMPLE / f"{name}.txt").read_text(encoding="utf-8").splitlines(keepends=True)
         (folder / f"{name}.txt").write_text("".join(text[:lines]), encoding="utf-8")
     return folder
+
+
+RARE_LABEL = "婚后个人财产"
+
+
+@pytest.fixture(scope="session")
+def hard_data(tmp_path_factory):
+    """A part of the sample: some samples without labels, RARE_LABEL in train alone, 10 texts."""
+    folder = tmp_path_factory.mktemp("data") / "hard"
+    folder.mkdir()
+    for name, number in (("train", 300), ("dev", 80)):
+        lines = (SAMPLE / f"{name}.txt").read_text(encoding="utf-8").splitlines(keepends=True)
+        unlabelled = [line for line in lines if line.endswith("\t\n")][:5]
+        rare = [line for line in lines if RARE_LABEL in line]
+        others = [line for line in lines if line not in rare and line not in unlabelled]
+        lines = [*unlabelled, *(rare if name == "train" else []), *others][:number]
+        (folder / f"{name}.txt").write_text("".join(lines), encoding="utf-8")
+    for name in ("data", "label"):
+        (folder / f"{name}.txt").write_bytes((SAMPLE / f"{name}.txt").read_bytes())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def word_lists(tmp_path_factory):
+    """Word lists for aug.py: jieba's dictionary and a few synonyms written for the tests."""
+    import word_lists
+
+    groups = """原告 原诉人|被告 被诉人|双方 两方|离婚 离异|抚养 养育 扶养|判决 裁决|共同 一同
+    生育 生养|请求 恳请|抚养费 养育费|结婚 成婚|要求 恳求|负担 承受|分居 别居|登记 注册|法院 法庭
+    查明 查清|协议 约定书|女儿 闺女|生活 过活|房屋 房产 住房|主张 声称|支付 付给|家庭 家里
+    儿子 男孩|分割 分配|债务 欠款 欠债|证明 证实|孩子 小孩|起诉 提诉|相识 认识|感情 情感"""
+    folder = tmp_path_factory.mktemp("words")
+    lines = [
+        f"Aa01A{i:02}= {group.strip()}\n" for i, group in enumerate(re.split(r"[|\n]", groups))
+    ]
+    (folder / "synonyms.txt").write_text("".join(lines), encoding="utf-8")
+    flags = ["--synonym_file", str(folder / "synonyms.txt"), "--output_dir", str(folder / "lists")]
+    word_lists.main(flags)
+    return folder / "lists"
 
 
 @pytest.fixture(scope="session")
