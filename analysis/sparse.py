@@ -1,7 +1,7 @@
 """Find dev texts that the training set supports badly, and data that would support them.
 
     python sparse.py --device cpu --dataset_dir ../data --params_path ../checkpoint
-    cat ../data/train.txt ../data/support.txt > ../data/train_sparse_aug.txt
+    awk 1 ../data/train.txt ../data/support.txt > ../data/train_sparse_aug.txt
 
 A dev text is sparse if even its most similar training texts are far from it (TrustAI's
 FeatureSimilarityModel, cosine of the classifier's input). Support data are the training texts

@@ -9,8 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import aug
+import dirty
 import infer
 import pytest
+import sent_interpret
+import sparse
 from conftest import REPO
 
 import export_model
@@ -20,6 +24,7 @@ import utils
 
 READMES = ["README.md", "README_en.md"]
 DEPLOY = "deploy/predictor/README.md"
+ANALYSIS = "analysis/README.md"
 # The script in a command, its module, what it must leave behind (None: it prints).
 SCRIPTS = {
     "train.py": ("train", "checkpoint/config.json"),
@@ -99,6 +104,35 @@ def test_commands_of_the_data_readme(tiny_model, tmp_path, monkeypatch):
     assert written == {*expected, *plots, "check/report.json"} and len(given) == 6
 
 
+def test_commands_of_the_analysis_readme(checkpoint, word_lists, tmp_path, monkeypatch):
+    """In their order, in a folder beside the data and the checkpoint."""
+    shutil.copytree(REPO / "data", tmp_path / "data")
+    (tmp_path / "checkpoint").symlink_to(checkpoint)
+    (tmp_path / "analysis").mkdir()
+    monkeypatch.chdir(tmp_path / "analysis")
+    shutil.copytree(word_lists, "word_lists")
+    shutil.copy(word_lists.parent / "synonyms.txt", "synonyms.txt")
+    given = [c for c in commands(ANALYSIS) if c[0] != "pip"]
+    for command in given:
+        if command[0] == "python":
+            importlib.import_module(Path(command[1]).stem).main(command[2:])
+        else:  # awk and cat put files together
+            *parts, arrow, target = command[1:]
+            program = [command[0], *parts]
+            output = subprocess.run(program, check=True, capture_output=True).stdout
+            assert arrow == ">" and output
+            Path(target).write_bytes(output)
+    labels = utils.read_labels(tmp_path / "data" / "label.txt")
+    sizes = {
+        name: len(utils.read_examples(tmp_path / "data" / f"{name}.txt", labels)[0])
+        for name in ("train_dirty", "train_clean", "support", "train_sparse_aug", "train_aug")
+    }
+    assert sizes["train_dirty"] == 100 and sizes["train_clean"] == 2000
+    assert sizes["train_sparse_aug"] == 2000 + sizes["support"] and sizes["train_aug"] > 5500
+    for name in ("to_label.txt", "sent_interpret.txt", "train_dirty.scores.tsv"):
+        assert (tmp_path / "data" / name).stat().st_size > 100
+
+
 def test_every_readme_has_the_same_commands():
     first, second = (list(commands(readme)) for readme in READMES)
     assert first == second and len(first) >= 8
@@ -116,7 +150,11 @@ def test_launch_command(small_data, tiny_model, tmp_path):
 
 @pytest.mark.parametrize(
     "module, readme",
-    [(train, "README.md"), (predict, "README.md"), (export_model, "README.md"), (infer, DEPLOY)],
+    [
+        *((module, "README.md") for module in (train, predict, export_model)),
+        (infer, DEPLOY),
+        *((module, ANALYSIS) for module in (aug, dirty, sent_interpret, sparse)),
+    ],
 )
 def test_help_names_every_flag_of_the_readme(module, readme, capsys):
     with pytest.raises(SystemExit):
@@ -129,15 +167,16 @@ def test_help_names_every_flag_of_the_readme(module, readme, capsys):
     assert shown.count("(default:") == len(flags)
 
 
-@pytest.mark.parametrize("readme", [*READMES, DEPLOY])
+@pytest.mark.parametrize("readme", [*READMES, DEPLOY, ANALYSIS])
 def test_links(readme):
-    text = (REPO / readme).read_text(encoding="utf-8")
-    headings = re.findall(r"^#+ (.+)$", text, re.M)
-    anchors = {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
-    folder = (REPO / readme).parent
-    for target in re.findall(r"\]\(([^)]+)\)", text):
-        known = target[1:] in anchors if target.startswith("#") else (folder / target).exists()
-        assert known, target
+    for target in re.findall(r"\]\(([^)]+)\)", (REPO / readme).read_text(encoding="utf-8")):
+        name, _, anchor = target.partition("#")
+        path = (REPO / readme).parent / name if name else REPO / readme
+        assert path.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.M)
+            anchors = {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
+            assert anchor in anchors, target
 
 
 def test_baseline_on_the_real_set(shared, capsys):
@@ -158,6 +197,54 @@ def test_benchmarks_run(small_data, tiny_model, checkpoint, capsys):
     assert result["texts_with_other_labels"] == 0 and result["largest_logit_difference"] < 1e-4
     batching.main(["--dataset_dir", str(small_data), "--model_name", str(tiny_model)])
     assert json.loads(capsys.readouterr().out)["sorted_over_random"] > 0
+
+
+def test_data_quality_benchmarks(small_data, tiny_model, word_lists, tmp_path, capsys):
+    import label_noise
+    import sparse_support
+
+    train_args = f"--model_name {tiny_model} --epochs 1 --batch_size 8"
+    flags = ["--dataset_dir", small_data, "--folds", "2", "--train_args", train_args]
+    for retrain, strategies in (("svm", dirty.STRATEGIES), ("finetune", ["tfidf"])):
+        own = ["--work_dir", tmp_path / "noise", "--retrain", retrain, "--seeds", "1"]
+        label_noise.main([str(f) for f in (*flags, *own, "--strategies", *strategies)])
+        *lines, last = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+        assert len(lines) == 2 + len(strategies) and set(last["mean"]) == set(strategies)
+        assert all(0 <= line.get("precision_and_recall", 0) <= 1 for line in lines)
+
+    flags = ["--dataset_dir", small_data, "--num_train", 40, "--num", 5, "--seeds", 1, 2]
+    flags += ["--work_dir", tmp_path / "support", "--dict_dir", word_lists]
+    kinds = ["duplicate", "substitute", "annotate", "random", "aug_mix"]
+    flags += ["--train_args", train_args, "--kinds", *kinds]
+    sparse_support.main([str(flag) for flag in flags])
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["train"] for line in lines] == ["base", *kinds] * 3
+    mean = (lines[1]["svm_macro_f1"] + lines[7]["svm_macro_f1"]) / 2
+    assert lines[13]["svm_macro_f1"]["mean"] == pytest.approx(mean, abs=0.011)
+    sizes = {
+        kind: len(
+            (tmp_path / "support" / "1" / f"train_{kind}.txt").read_text("utf-8").splitlines()
+        )
+        for kind in kinds
+    }
+    assert set(sizes.values()) > {45} and sizes["aug_mix"] > 100
+
+
+@pytest.mark.parametrize("kind", ["set", "drop", "add"])
+def test_injected_noise(kind):
+    from label_noise import inject_noise
+
+    label_ids = [[i % 5, 5 + i % 3][: 1 + i % 2] if i % 10 else [] for i in range(200)]
+    noisy, chosen = inject_noise(label_ids, 0.1, kind, seed=1)
+    changed = [i for i in range(200) if set(noisy[i]) != set(label_ids[i])]
+    assert changed == chosen.tolist() and len(changed) == 20
+    for i in changed:
+        new, old = set(noisy[i]), set(label_ids[i])
+        if kind == "set":
+            assert any(new == set(other) for other in label_ids)
+        else:
+            assert len(new ^ old) == 1 and (new < old) == (kind == "drop")
+    assert inject_noise(label_ids, 0.1, kind, seed=1)[0] == noisy
 
 
 def test_resume_benchmark(small_data, tiny_model, capsys):
