@@ -33,6 +33,7 @@ SCRIPTS = {
     "data/init_model.py": ("init_model", "random_ernie/config.json"),
     "export_model.py": ("export_model", "export/config.json"),
     "prune.py": ("prune", "prune/0.5/config.json"),
+    "data/check.py": ("check", None),
     "deploy/predictor/infer.py": ("infer", None),
     "benchmarks/onnx_speed.py": ("onnx_speed", None),
     "benchmarks/bundles.py": ("bundles", None),
