@@ -177,18 +177,16 @@ def main(argv=None):
     dirty[ranking[: args.dirty_num]] = True
     names = [[labels[i] for i in ids] for ids in label_ids]
 
-    with utils.atomic_file(scores_path) as file:
-        suggested = metric.label_names(metric.decode(probs), labels) if probs is not None else None
-        header = [*scores, "label", *(["suggested_label"] if suggested else []), "text"]
-        file.write("\t".join(header) + "\n")
-        for i in ranking:
-            row = [f"{score[i]:.6g}" for score in scores.values()] + [",".join(names[i])]
-            row += [",".join(suggested[i])] if suggested else []
-            file.write("\t".join([*row, texts[i]]) + "\n")
-    for path, chosen in ((dirty_path, dirty), (rest_path, ~dirty)):
-        rows = [(texts[i], names[i]) for i in np.flatnonzero(chosen)]
-        with utils.atomic_file(path) as file:
-            utils.write_rows(file, *zip(*rows), labels, jsonl=False)
+    suggested = None if probs is None else metric.label_names(metric.decode(probs), labels)
+    rows = [[*scores, "label", *(["suggested_label"] if suggested else []), "text"]]
+    for i in ranking:
+        row = [f"{score[i]:.6g}" for score in scores.values()] + [",".join(names[i])]
+        rows.append([*row, *([",".join(suggested[i])] if suggested else []), texts[i]])
+    contents = {Path(args.dirty_file).with_suffix(".scores.tsv"): rows}
+    for name, chosen in ((args.dirty_file, dirty), (args.rest_file, ~dirty)):
+        contents[name] = [(texts[i], ",".join(names[i])) for i in np.flatnonzero(chosen)]
+    contents = {k: "".join("\t".join(row) + "\n" for row in v) for k, v in contents.items()}
+    utils.write_files(data, contents)
     logger.info(
         "%d dirty samples saved in %s, the rest in %s", args.dirty_num, dirty_path, rest_path
     )

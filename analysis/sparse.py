@@ -75,14 +75,13 @@ def read_unlabeled(path):
     return [text for text in texts if text]
 
 
-def write_result(path, texts, names, scores):
+def write_result(folder, name, texts, names, scores):
     """The samples as a data file, and as `.scores.tsv` beside it; names None: texts alone."""
     lines = texts if names is None else [f"{t}\t{','.join(n)}" for t, n in zip(texts, names)]
-    with utils.atomic_file(path) as file:
-        file.writelines(line + "\n" for line in lines)
-    with utils.atomic_file(path.with_suffix(".scores.tsv")) as file:
-        file.write("score\ttext" + "\tlabel" * (names is not None) + "\n")
-        file.writelines(f"{score:.6f}\t{line}\n" for score, line in zip(scores, lines))
+    header = "score\ttext" + "\tlabel" * (names is not None)
+    rows = [header, *(f"{score:.6f}\t{line}" for score, line in zip(scores, lines))]
+    files = {name: lines, Path(name).with_suffix(".scores.tsv"): rows}
+    utils.write_files(folder, {k: "".join(f"{line}\n" for line in v) for k, v in files.items()})
 
 
 def main(argv=None):
@@ -114,7 +113,7 @@ def main(argv=None):
     sparse = np.argsort(means, kind="stable")[: args.sparse_num]
     sparse_scores = means[sparse]
     names = [[labels[j] for j in dev_ids[i]] for i in sparse]
-    write_result(sparse_path, [dev_texts[i] for i in sparse], names, sparse_scores)
+    write_result(data, args.sparse_file, [dev_texts[i] for i in sparse], names, sparse_scores)
     logger.info("Sparse data saved in %s", sparse_path)
     logger.info("Average score in sparse data: %.4f", sparse_scores.mean())
 
@@ -147,7 +146,7 @@ def main(argv=None):
         raise UserError(f"no support data above the threshold, none written; {advice}")
     if len(texts) < args.support_num:
         logger.warning("Only %d support texts of %d; %s", len(texts), args.support_num, advice)
-    write_result(support_path, texts, None if args.annotate else names, support_scores)
+    write_result(data, args.support_file, texts, None if args.annotate else names, support_scores)
     logger.info("support data saved in %s", support_path)
     logger.info("support average scores: %.4f", np.mean(support_scores))
 
