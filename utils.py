@@ -573,6 +573,16 @@ def check_writable(path):
     return path
 
 
+def check_outputs(outputs, inputs):
+    """Raises UserError if a result could not be written, or would replace an input or another."""
+    seen = {os.path.realpath(path): "which is read, too" for path in inputs}
+    for path in outputs:
+        real = str(check_writable(path))
+        if real in seen:
+            raise UserError(f"cannot write {path}, {seen[real]}; give the result another name")
+        seen[real] = "which is another result, too"
+
+
 @contextlib.contextmanager
 def atomic_file(path, mode="w"):
     """`with atomic_file(path) as file`: the file appears whole when the block ends, or not at all.

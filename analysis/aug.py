@@ -2,8 +2,8 @@
 
     python aug.py --train_path ../data/train.txt --aug_path ../data/aug.txt --aug_strategy mix
 
-The word lists of PaddleNLP's dataaug are looked for in --dict_dir and in PaddleNLP's own cache, and
-downloaded once into that cache otherwise. `--aug_type mlm` asks a masked language model instead of
+The word lists of PaddleNLP's dataaug come from --dict_dir or, without it, from PaddleNLP's own
+cache, into which they are downloaded once. `--aug_type mlm` asks a masked language model instead of
 a dictionary; `--mlm_model` may be a local folder.
 """
 
@@ -89,16 +89,28 @@ def find_mlm(name):
     return str(Path(name).resolve())
 
 
+def check_dictionary(path):
+    """Raises UserError if the file is not {word: [at least one word]}."""
+    for word, others in utils.read_json(path).items():
+        if not (isinstance(others, list) and others and all(isinstance(o, str) for o in others)):
+            raise UserError(f"{path}: '{word}' has no list of words; mend or remove it")
+
+
 def make_augmenter(strategy, aug_percent, dict_dir=None, aug_type="synonym", mlm_model=None):
     """A dataaug object: augmenter.augment(text) returns [[new text]], or [[]] if it finds none.
 
     strategy: one of STRATEGIES; aug_type and mlm_model matter to substitute and insert only.
     Raises UserError for a word list or a model that can't be had.
     """
+    loaded = []
 
     class Augmenter(getattr(dataaug, f"Word{strategy.capitalize()}")):
         def _load_file(self, mode):
-            return str(find_file(*self._DATA[mode], dict_dir))
+            path = find_file(*self._DATA[mode], dict_dir)
+            loaded.append(path)
+            if mode.startswith("word_"):
+                check_dictionary(path)
+            return str(path)
 
     arguments = {"create_n": 1, "aug_percent": aug_percent}
     if strategy in ("substitute", "insert"):
@@ -110,12 +122,15 @@ def make_augmenter(strategy, aug_percent, dict_dir=None, aug_type="synonym", mlm
     except UserError:
         raise
     except Exception as error:  # a broken word list or model raises almost anything
-        where = f"--mlm_model {mlm_model}" if aug_type == "mlm" else f"--dict_dir {dict_dir}"
+        where = f"--mlm_model {mlm_model}" if "model_name" in arguments else loaded[-1]
         raise UserError(f"{where}: cannot be loaded ({type(error).__name__}: {error})") from error
     augmenter.aug_percent = aug_percent  # WordSwap takes no notice of its argument
     augmenter.stop_words = frozenset(augmenter.stop_words)  # every word is looked up in it
-    if aug_type == "mlm" and strategy in ("substitute", "insert"):
+    augmenter.max_length = None
+    if "model_name" in arguments:
         augmenter.mlm_model.eval()
+        positions = augmenter.mlm_model.config["max_position_embeddings"]
+        augmenter.max_length = positions - 2  # [CLS] and [SEP]
     return augmenter
 
 
@@ -126,6 +141,8 @@ def new_texts(text, augmenters, create_n, seen):
     """
     found = []
     for augmenter in itertools.islice(augmenters, TRIES * create_n):
+        if augmenter.max_length and len(text) > augmenter.max_length:
+            continue  # a token has at least one character
         for new in augmenter.augment(text)[0]:
             new = new.strip()
             # A masked language model may answer with pieces of words or the unknown token.
@@ -144,12 +161,12 @@ def main(argv=None):
     label_file = Path(args.label_file or train_path.with_name("label.txt"))
     labels = utils.read_labels(label_file)
     texts, label_ids = utils.read_examples(train_path, labels)
-    utils.check_writable(args.aug_path)
+    utils.check_outputs([args.aug_path], [train_path, label_file])
     random.seed(args.seed)
     np.random.seed(args.seed)
-    if args.aug_type == "mlm":
-        set_device(args.device)
     strategies = STRATEGIES if args.aug_strategy == "mix" else (args.aug_strategy,)
+    if args.aug_type == "mlm" and {"substitute", "insert"} & set(strategies):
+        set_device(args.device)
     own = (args.aug_percent, args.dict_dir, args.aug_type, args.mlm_model)
     augmenters = itertools.cycle([make_augmenter(strategy, *own) for strategy in strategies])
     seen, rows = set(texts), []

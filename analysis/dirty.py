@@ -26,6 +26,7 @@ import utils  # noqa: E402
 from utils import UserError, at_least, logger  # noqa: E402
 
 STRATEGIES = ("tfidf", "finetune", "trustai")
+SHRINKAGE = 3  # samples' worth of the mean of all labels
 
 
 def parse_args(argv=None):
@@ -52,7 +53,12 @@ def parse_args(argv=None):
     add("--dirty_threshold", type=float, default=0.0, help=least)
     utils.add_inference_flags(parser, "../checkpoint/")
     parser.set_defaults(batch_size=16)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    try:
+        args.train_args = shlex.split(args.train_args)
+    except ValueError as error:  # an open quotation mark
+        raise UserError(f"--train_args: {error}") from error
+    return args
 
 
 def folds_of(texts, folds, seed):
@@ -90,7 +96,10 @@ def finetune_probabilities(args, texts, targets, fold_of, labels):
     data, probs = Path(args.dataset_dir).resolve(), np.zeros(targets.shape, dtype=np.float32)
     names = metric.label_names(targets, labels)
     flags = ["--dataset_dir", data, "--dev_file", args.dev_file, "--label_file", args.label_file]
-    flags += ["--device", args.device, "--seed", args.seed, *shlex.split(args.train_args)]
+    flags += ["--device", args.device, "--seed", args.seed]
+    if args.max_seq_length:
+        flags += ["--max_seq_length", args.max_seq_length]
+    flags += args.train_args
     with tempfile.TemporaryDirectory() as temporary:
         for fold in range(args.folds):
             logger.info("Fold %d of %d", fold + 1, args.folds)
@@ -103,7 +112,10 @@ def finetune_probabilities(args, texts, targets, fold_of, labels):
                 )
                 utils.write_rows(file, *rows, labels, jsonl=False)
             own = ["--train_file", folder / "train.txt", "--save_dir", folder, "--resume"]
-            train.main([str(flag) for flag in [*flags, *own]])
+            try:
+                train.main([str(flag) for flag in [*flags, *own]])
+            except UserError as error:
+                raise UserError(f"train.py on fold {fold + 1} in {folder}: {error}") from error
             forward, info = load_forward(folder, args.device)
             held_out = [text for text, held_out in zip(texts, inside) if held_out]
             encoded, _ = utils.encode(held_out, utils.load_tokenizer(folder), info.max_seq_length)
@@ -118,14 +130,17 @@ def suspicion(probs, targets):
     The cross-entropy of each label less its mean over the samples with the same value of it, summed
     over the labels. The mean keeps the samples of rare labels, which every model finds hard, from
     being suspects (the class-conditional thresholds of Northcutt et al. 2021, "Confident Learning:
-    Estimating Uncertainty in Dataset Labels", have the same purpose).
+    Estimating Uncertainty in Dataset Labels", have the same purpose). It is shrunk towards that of
+    all labels, or the only sample of a label would be compared with itself.
     """
     given = np.where(targets > 0, probs, 1 - probs).astype(np.float64)
     loss = -np.log(np.clip(given, 1e-6, 1))
-    for c, column in enumerate(targets.T):
-        for value in (0, 1):
-            if (column == value).any():
-                loss[column == value, c] -= loss[column == value, c].mean()
+    for value in (0, 1):
+        same = targets == value
+        overall = loss[same].mean() if same.any() else 0.0
+        sums, counts = np.where(same, loss, 0.0).sum(axis=0), same.sum(axis=0)
+        means = (sums + SHRINKAGE * overall) / (counts + SHRINKAGE)
+        loss -= np.where(same, means, 0.0)
     return loss.sum(axis=1)
 
 
@@ -135,6 +150,7 @@ def out_of_sample(args, texts, targets, labels):
         raise UserError(f"{args.train_file}: fewer different texts than --folds {args.folds}")
     fold_of = folds_of(texts, args.folds, args.seed)
     if args.strategy == "tfidf":
+        logger.info("Strategy tfidf takes no model: --params_path and the like have no effect")
         probs = tfidf_probabilities(args, texts, targets, fold_of)
     else:
         probs = finetune_probabilities(args, texts, targets, fold_of, labels)
@@ -161,8 +177,8 @@ def main(argv=None):
     texts, label_ids = utils.read_examples(data / args.train_file, labels)
     dirty_path, rest_path = data / args.dirty_file, data / args.rest_file
     scores_path = dirty_path.with_suffix(".scores.tsv")
-    for path in (dirty_path, rest_path, scores_path):
-        utils.check_writable(path)
+    inputs = (data / name for name in (args.train_file, args.dev_file, args.label_file))
+    utils.check_outputs([dirty_path, rest_path, scores_path], inputs)
     if args.dirty_num >= len(texts):
         raise UserError(
             f"--dirty_num {args.dirty_num}: {args.train_file} has only {len(texts)} samples"

@@ -55,17 +55,32 @@ def read_input(path):
                 f"{len(columns)} are expected: {', '.join(columns)}"
             )
         records.append({**dict.fromkeys(COLUMNS, ""), **dict(zip(columns, fields))})
+        if columns[: len(fields)].count("text") == 0:
+            raise UserError(f"{path}:{number}: {len(fields)} fields, no text; see the first line")
     if not records:
         raise UserError(f"{path}: no texts; evaluate.py writes such a file with --bad_case_path")
     return records
 
 
+def check_columns(path, records, labels):
+    """Raises UserError if the texts are label names, as in a bad_case.txt without its header."""
+    known = set(labels)
+    if all(record["text"] and set(record["text"].split(",")) <= known for record in records):
+        raise UserError(f"{path}: the first column holds labels, not texts; keep the header line")
+
+
 def main(argv=None):
     args = parse_args(argv)
     data = Path(args.dataset_dir)
+    if not (data / args.interpret_input_file).exists():
+        hint = "evaluate.py --bad_case_path writes such a file"
+        raise UserError(f"{data / args.interpret_input_file}: No such file; {hint}")
     records = read_input(data / args.interpret_input_file)
-    result = utils.check_writable(data / args.interpret_result_file)
+    result = data / args.interpret_result_file
+    inputs = (data / name for name in (args.interpret_input_file, args.train_file))
+    utils.check_outputs([result], inputs)
     labels = utils.read_model_info(args.params_path).labels
+    check_columns(data / args.interpret_input_file, records, labels)
     utils.check_labels(data, args.label_file, labels)
     train_texts, train_ids = utils.read_examples(data / args.train_file, labels)
     encoder = Encoder(args.params_path, args.device, args.max_seq_length, args.batch_size)

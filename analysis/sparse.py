@@ -44,7 +44,7 @@ def parse_args(argv=None):
     add("--support_num", type=at_least(1), default=100, help="support texts; 10-20 %% of train")
     mean = "nearest training texts whose mean similarity is a dev text's score"
     add("--rationale_num", "--rationale_num_sparse", type=at_least(1), default=3, help=mean)
-    ranked = "nearest candidates of each sparse text to choose from; None: all"
+    ranked = "nearest candidates of each sparse text to choose from; None: enough"
     add("--rationale_num_support", type=at_least(1), help=ranked)
     least = "candidates of lower similarity support nothing"
     add("--support_threshold", type=at_least(-1.0), default=0.7, help=least)
@@ -70,9 +70,16 @@ def find_support(indexes, scores, threshold, excluded):
 
 
 def read_unlabeled(path):
-    """Texts of the file, blank ones left out; of a line with a tab the part before it."""
-    texts = (line.split("\t")[0].strip() for line in utils.read_texts(path))
-    return [text for text in texts if text]
+    """Texts of the file, each once, blank ones left out; of a line with a tab the part before it.
+
+    So predict.py's output can be read, too; its header line is skipped.
+    """
+    lines = list(utils.read_texts(path))
+    texts = (line.split("\t")[0].strip() for line in lines[lines[0].startswith("text\tlabel") :])
+    candidates = [text for text in dict.fromkeys(texts) if text]
+    if not candidates:
+        raise UserError(f"{path}: no texts; write one text per line")
+    return candidates
 
 
 def write_result(folder, name, texts, names, scores):
@@ -88,8 +95,9 @@ def main(argv=None):
     args = parse_args(argv)
     data = Path(args.dataset_dir)
     sparse_path, support_path = data / args.sparse_file, data / args.support_file
-    for path in (sparse_path, support_path):
-        utils.check_writable(path)
+    outputs = [sparse_path, support_path]
+    inputs = (data / name for name in (args.train_file, args.dev_file, args.unlabeled_file))
+    utils.check_outputs([*outputs, *(path.with_suffix(".scores.tsv") for path in outputs)], inputs)
     labels = utils.read_model_info(args.params_path).labels
     utils.check_labels(data, args.label_file, labels)
     train_texts, train_ids = utils.read_examples(data / args.train_file, labels)
@@ -123,9 +131,12 @@ def main(argv=None):
     if excluded:
         where = "in train or dev" if args.annotate else "in dev"
         logger.info("%d candidates are left out: their texts stand %s", len(excluded), where)
+    first = {text: i for i, text in reversed(list(enumerate(candidates)))}
+    excluded |= {i for i, text in enumerate(candidates) if first[text] != i}  # repetitions
     if args.annotate:
         similarity = encoder.similarity(encoder.features(candidates, "unlabeled"))
-    number = args.rationale_num_support or len(candidates)
+    # The nearest of one sparse text alone would do; some cannot be augmented.
+    number = args.rationale_num_support or len(excluded) + 2 * args.support_num
     indexes, scores = nearest(similarity, dev_features[sparse], number, "support")
     random.seed(args.seed)
     texts, names, support_scores, seen = [], [], [], {*train_texts, *dev_texts}

@@ -98,9 +98,12 @@ class WordInterpreter:
 
     def _encode(self, text):
         """Token ids with [CLS] and [SEP], words, and the word number of each token between."""
-        words = jieba.lcut(text)
-        ends = np.cumsum([len(word) for word in words]).tolist()
         encoding = self.tokenizer.encode(text, add_special_tokens=False)
+        ends = np.cumsum([len(word) for word in jieba.lcut(text)]).tolist()
+        # A token belongs to one word: join those that share one (jieba splits full-width digits).
+        inside = {i for start, end in encoding.offsets for i in range(start + 1, end)}
+        ends = [end for end in ends if end not in inside]
+        words = [text[start:end] for start, end in zip([0, *ends], ends)]
         kept = self.max_seq_length - 2
         word_of = [bisect.bisect_right(ends, start) for start, _ in encoding.offsets[:kept]]
         (input_ids,), _ = utils.encode([text], self.tokenizer, self.max_seq_length)

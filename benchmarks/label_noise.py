@@ -49,7 +49,9 @@ def inject_noise(label_ids, share, kind, seed):
         raise UserError("all samples have the same labels; there are no others to give them")
     rng = np.random.default_rng(seed)
     number = round(share * len(label_ids))
-    suited = np.flatnonzero([kind != "drop" or bool(ids) for ids in label_ids])
+    everything = set().union(*label_ids)
+    room = {"set": lambda ids: True, "drop": bool, "add": lambda ids: set(ids) < everything}
+    suited = np.flatnonzero([room[kind](ids) for ids in label_ids])
     chosen = np.sort(rng.choice(suited, min(number, len(suited)), replace=False))
     noisy = [list(ids) for ids in label_ids]
     for i in chosen:

@@ -98,6 +98,8 @@ def main(argv=None):
         folder.mkdir(parents=True, exist_ok=True)
         order = np.random.default_rng(seed).permutation(len(texts))
         part, rest = order[: args.num_train], order[args.num_train :]
+        known = {*dev[0], *(texts[i] for i in part)}
+        rest = [i for i in rest if texts[i] not in known]  # sparse.py takes none of these, too
         write(folder / "train.txt", [texts[i] for i in part], [label_ids[i] for i in part], labels)
         write(folder / "dev.txt", *dev, labels)
         with utils.atomic_file(folder / "label.txt") as file:

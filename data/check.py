@@ -72,6 +72,7 @@ def describe(path, scan, lengths, max_seq_lengths):
         "samples": len(scan.texts),
         "blank_lines": scan.blank,
         "malformed": scan.problems,
+        "empty_texts": [n for text, n in zip(scan.texts, scan.numbers) if not text],
         "unlabelled": sizes[0],
         "labels_per_sample": {str(size): sizes[size] for size in sorted(sizes)},
         "duplicates": [
@@ -164,6 +165,8 @@ def text_report(report):
         lines += [
             f"{name}: {total} samples in {facts['path']}",
             f"  malformed lines: {len(facts['malformed'])}, blank lines: {facts['blank_lines']}",
+            f"  empty texts: {len(facts['empty_texts'])}",
+            *some(facts["empty_texts"], lambda line: f"line {line}"),
             f"  samples without labels: {share(facts['unlabelled'], total)}",
             f"  samples by number of labels: {numbers(f'{k}: {n}' for k, n in sizes.items())}"
             f" (mean {mean:.3f})",
@@ -313,6 +316,7 @@ def main(argv=None):
         files["report.json"] = json.dumps(report, ensure_ascii=False, indent=2) + "\n"
         utils.write_files(args.output_dir, files)
         logger.info("Report and plots saved in %s", args.output_dir)
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not know the characters
     print("\n".join(text_report(report)), flush=True)
     bad = sum(len(scan.problems) for scan in scans.values())
     if bad:

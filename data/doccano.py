@@ -214,11 +214,16 @@ def read_samples(args, known):
     utils.check_problems(problems)
     if args.dirty and not tabs:
         raise UserError(f"{path}: no text has a tab and an old label behind it; leave out --dirty")
-    samples = [(text, majority(given)) for (_, text), given in votes.items() if given]
+    settled = [(text, majority(given), given) for (_, text), given in votes.items() if given]
+    # Where the annotators agree on nothing, nobody has said that there is no label.
+    samples = [(text, names) for text, names, given in settled if names or not any(given)]
+    if undecided := len(settled) - len(samples):
+        message = "Left out %d texts: no label was given by a majority of their annotators."
+        logger.warning(message, undecided)
     if not any(names for _, names in samples):
         raise UserError(f"{path}: no text has a label; annotate and export again")
-    if len(samples) < len(votes):
-        logger.info("Left out %d tasks without annotation.", len(votes) - len(samples))
+    if len(settled) < len(votes):
+        logger.info("Left out %d tasks without annotation.", len(votes) - len(settled))
     if several := [set(map(frozenset, given)) for given in votes.values() if len(given) > 1]:
         message = "%d texts have several annotators, %d with unlike labels: the majority decides."
         logger.info(message, len(several), sum(len(answers) > 1 for answers in several))

@@ -18,6 +18,8 @@ from conftest import REPO
 
 import utils
 
+VOCAB = "baidu_encyclopedia_w2v_vocab.json"
+
 
 @pytest.fixture
 def run(hard_data, word_lists, tmp_path, run_cli):
@@ -109,21 +111,41 @@ def test_swap_honours_the_percentage(run, word_lists):
     assert moved(0.3) > 1.5 * moved(0.05)
 
 
-def test_mix_uses_all_strategies(run, hard_data):
-    _, _, rows = run("--aug_strategy", "mix", "--create_n", "4")
-    source = source_rows(hard_data)[20][0]
-    news = [text for text, _ in rows]
-    kinds = set()
-    for new in news:
-        if is_subsequence(new, source) and len(new) < len(source):
-            kinds.add("delete")
-        elif is_subsequence(source, new):
-            kinds.add("insert")
-        elif Counter(new) == Counter(source):
-            kinds.add("swap")
-        elif abs(len(new) - len(source)) < 4 and Counter(new) & Counter(source):
-            kinds.add("substitute")
-    assert kinds == {"delete", "insert", "swap", "substitute"}
+def test_mix_uses_all_strategies(run, hard_data, tmp_path):
+    """Four draws for a text: one of each."""
+    source = next(text for text, _ in source_rows(hard_data) if len(text) > 60)
+    (tmp_path / "one.txt").write_text(f"{source}\t\n", "utf-8")
+    _, _, rows = run("--aug_strategy", "mix", "--create_n", "4", train=tmp_path / "one.txt")
+    kinds = [
+        next(kind for kind in ("delete", "insert", "swap", "substitute") if FROM[kind](new, source))
+        for new, _ in rows
+    ]
+    assert kinds == ["substitute", "insert", "delete", "swap"]
+
+
+class Stub:
+    """An augmenter that answers what it is told to."""
+
+    max_length = None
+
+    def __init__(self, *answers):
+        self.answers = list(answers)
+
+    def augment(self, text):
+        return [[self.answers.pop(0)] if self.answers else []]
+
+
+def test_pieces_and_repetitions_are_refused():
+    odd = ["##甲", "[UNK]乙", "丙\t丁", "戊\n己", "旧", " ", "原文"]
+    for answer in odd:
+        assert aug.new_texts("原文", iter([Stub(answer, "新文")] * 2), 1, {"旧", "原文"}) == [
+            "新文"
+        ]
+    seen = {"原文"}
+    assert aug.new_texts("原文", iter([Stub("新", "新", "更新")] * 9), 2, seen) == ["新", "更新"]
+    assert seen == {"原文", "新", "更新"}
+    # What the text itself has may come again.
+    assert aug.new_texts("见[1]", iter([Stub("看[1]")]), 1, set()) == ["看[1]"]
 
 
 def test_seed(run):
@@ -194,11 +216,18 @@ def test_downloaded_once(monkeypatch, tmp_path, word_lists):
 def test_faults(run, tmp_path, word_lists, hard_data):
     broken = shutil.copytree(word_lists, tmp_path / "broken")
     (broken / "word_synonym.json").write_text("{", "utf-8")
+    empty = shutil.copytree(word_lists, tmp_path / "empty")
+    (empty / "word_synonym.json").write_text('{"离婚": []}', "utf-8")
+    vocab = shutil.copytree(word_lists, tmp_path / "vocab")
+    (vocab / VOCAB).write_text("{", "utf-8")
     (tmp_path / "short.txt").write_text("无\t\n", "utf-8")
     (tmp_path / "bad.txt").write_text("a\t未知\n", "utf-8")
     faults = [
         (run("--aug_type", "homonym"), f"--dict_dir {word_lists}: no word_homonym.json; bring it"),
-        (run(dict_dir=broken), f"--dict_dir {broken}: cannot be loaded (JSONDecodeError"),
+        (run(dict_dir=broken), f"{broken / 'word_synonym.json'}: not valid JSON"),
+        (run(dict_dir=empty), f"{empty / 'word_synonym.json'}: '离婚' has no list of words"),
+        (run(dict_dir=vocab), f"{vocab / VOCAB}: cannot be loaded (JSONDecodeError"),
+        (run("--aug_path", hard_data / "train.txt"), "train.txt, which is read, too; give the"),
         (run(train=tmp_path / "short.txt"), "short.txt: no text could be augmented; nothing was"),
         (run(train=tmp_path / "bad.txt"), "bad.txt:1: unknown label '未知'"),
         (run(train=tmp_path / "none.txt"), "none.txt: No such file"),
@@ -244,9 +273,9 @@ def mlm(tiny_model, tmp_path_factory):
 
 
 def test_masked_language_model(run, mlm, hard_data, tmp_path):
-    (tmp_path / "few.txt").write_text(
-        "".join((hard_data / "train.txt").open(encoding="utf-8").readlines()[20:30]), "utf-8"
-    )
+    lines = (hard_data / "train.txt").open(encoding="utf-8").readlines()[20:30]
+    lines.insert(3, "双方共同生活。" * 40 + "\t\n")  # longer than the model's 160 positions
+    (tmp_path / "few.txt").write_text("".join(lines), "utf-8")
     flags = ["--aug_type", "mlm", "--mlm_model", mlm]
     for strategy in ("substitute", "insert"):
         status, error, rows = run(*flags, "--aug_strategy", strategy, train=tmp_path / "few.txt")
@@ -256,6 +285,11 @@ def test_masked_language_model(run, mlm, hard_data, tmp_path):
         assert not any("##" in text or "[" in text for text, _ in rows)
         again = run(*flags, "--aug_strategy", strategy, train=tmp_path / "few.txt")[2]
         assert again == rows
+
+
+def test_a_model_is_loaded_only_where_it_is_needed(run):
+    flags = ["--aug_type", "mlm", "--mlm_model", "none", "--device", "tpu"]
+    assert run(*flags, "--aug_strategy", "delete")[0] == 0
 
 
 def test_unfit_language_models(run, tiny_model, mlm, tmp_path):

@@ -3,6 +3,8 @@
 import json
 import os
 import struct
+import subprocess
+import sys
 import warnings
 
 import check
@@ -65,6 +67,7 @@ def test_report_of_a_small_folder(run, folder, tmp_path):
         == f"""\
 train: 6 samples in {folder / "train.txt"}
   malformed lines: 0, blank lines: 1
+  empty texts: 0
   samples without labels: 1 (16.7%)
   samples by number of labels: 0: 1, 1: 2, 2: 2, 3: 1 (mean 1.500)
   length in characters + 2: mean 4.7, median 4.5, p95 6, p99 6, max 6
@@ -74,6 +77,7 @@ train: 6 samples in {folder / "train.txt"}
     lines 2, 5
 dev: 3 samples in {folder / "dev.txt"}
   malformed lines: 0, blank lines: 0
+  empty texts: 0
   samples without labels: 0 (0.0%)
   samples by number of labels: 1: 2, 2: 1 (mean 1.333)
   length in characters + 2: mean 3.7, median 4, p95 4, p99 4, max 4
@@ -103,6 +107,7 @@ def test_json_of_a_small_folder(run, folder, tmp_path):
         "samples": 6,
         "blank_lines": 1,
         "malformed": [],
+        "empty_texts": [],
         "unlabelled": 1,
         "labels_per_sample": {"0": 1, "1": 2, "2": 2, "3": 1},
         "duplicates": [
@@ -377,3 +382,18 @@ def test_the_real_set(run, shared):
     found = {row["label"]: (row["train"], row["dev"]) for row in report["labels"]}
     assert found == REAL_COUNTS and list(found) == list(REAL_COUNTS)
     assert report["absent"] == {"train": [], "dev": []}
+
+
+def test_empty_texts_are_listed(run, folder):
+    with open(folder / "dev.txt", "a", encoding="utf-8") as file:
+        file.write("\t离婚\n \t\n")
+    status, out, _, report = run(folder)
+    assert status == 0 and "  empty texts: 2\n    line 4\n    line 5\n" in out
+    assert report["files"]["dev"]["empty_texts"] == [4, 5]
+
+
+def test_a_terminal_without_chinese(folder):
+    command = [sys.executable, check.__file__, "--dataset_dir", folder]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0 and "\\u79bb\\u5a5a" in run.stdout, run.stderr

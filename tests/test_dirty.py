@@ -8,12 +8,11 @@ import sys
 import dirty
 import numpy as np
 import pytest
-from conftest import RARE_LABEL, REPO, SAMPLE, needs_package
+from conftest import RARE_LABEL, REPO, SAMPLE
 from label_noise import inject_noise, write
 
 import utils
 
-needs_package("trustai")
 LABELS = utils.read_labels(SAMPLE / "label.txt")
 
 
@@ -136,15 +135,48 @@ def test_suspicion():
     probs, targets = rng.random((50, 4)), (rng.random((50, 4)) < 0.3).astype(np.float32)
     targets[:, 3] = 0  # a label that no sample has
     probs[0] = (0, 1, 0.5, 0)
+    loss = [
+        [-np.log(max(p if t else 1 - p, 1e-6)) for p, t in zip(*row)] for row in zip(probs, targets)
+    ]
     expected = np.zeros(50)
-    for c in range(4):
-        given = np.where(targets[:, c] == 1, probs[:, c], 1 - probs[:, c])
-        loss = -np.log(given.clip(1e-6, 1))
-        for value in (0.0, 1.0):
-            chosen = targets[:, c] == value
-            if chosen.any():
-                expected[chosen] += loss[chosen] - loss[chosen].mean()
+    for i, c in np.ndindex(50, 4):
+        same = [loss[j][c] for j in range(50) if targets[j, c] == targets[i, c]]
+        every = [loss[j][d] for j, d in np.ndindex(50, 4) if targets[j, d] == targets[i, c]]
+        expected[i] += loss[i][c] - (sum(same) + 3 * np.mean(every)) / (len(same) + 3)
     np.testing.assert_allclose(dirty.suspicion(probs, targets), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("number", [1, 2, 4])
+def test_a_rare_label_given_wrongly(run, tmp_path, number):
+    """Samples that nobody else shares the label with are no standard for each other."""
+    folder = shutil.copytree(SAMPLE, tmp_path / "sample")
+    train = lines(folder / "train.txt")
+    for i in range(number):
+        train[7 + 40 * i] += ",无关" if train[7 + 40 * i].split("\t")[1] else "无关"
+    (folder / "train.txt").write_text("\n".join(train) + "\n", "utf-8")
+    with open(folder / "label.txt", "a", encoding="utf-8") as file:
+        file.write("无关\n")
+    assert run("--dirty_num", "100", dataset_dir=folder)[0] == 0
+    assert sum("无关" in line for line in lines(folder / "train_dirty.txt")) == number
+
+
+def test_threshold_of_trustai(run, data, checkpoint):
+    flags = ["--strategy", "trustai", "--params_path", checkpoint]
+    counts = []
+    for threshold in ("0", "1e-4", "1"):
+        run(*flags, "--dirty_threshold", threshold)
+        rows = [line.split("\t") for line in lines(data / "train_dirty.scores.tsv")[1:]]
+        counts.append(sum(int(row[0]) for row in rows))
+    assert counts[0] > counts[1] > 0 and counts[2] == 0
+
+
+def test_max_seq_length_reaches_train(run, data, tiny_model):
+    flags = ["--strategy", "finetune", "--folds", "2", "--folds_dir", data / "folds"]
+    flags.append(f"--train_args=--model_name {tiny_model} --epochs 1 --batch_size 8")
+    assert run(*flags, "--max_seq_length", "64")[0] == 0
+    assert utils.read_model_info(data / "folds" / "1").max_seq_length == 64
+    status, error = run(*flags, "--max_seq_length", "32")
+    assert status == 2 and f"train.py on fold 1 in {data / 'folds' / '0'}: max_seq_length" in error
 
 
 def test_rare_and_missing_labels(run, data):
@@ -182,6 +214,9 @@ FAULTS = {
     "no folder": (["--rest_file", "x/r.txt"], "r.txt: no folder"),
     "too few texts": (["--folds", "301"], "train.txt: fewer different texts than --folds 301"),
     "no checkpoint": (["--strategy", "trustai", "--params_path", "none"], "none: no such folder"),
+    "over an input": (["--rest_file", "train.txt"], "train.txt, which is read, too; give the"),
+    "twice": (["--rest_file", "train_dirty.txt"], "train_dirty.txt, which is another result, too"),
+    "open quotation": (["--train_args", "'x"], "--train_args: No closing quotation"),
     "train.py's error": (
         ["--strategy", "finetune", "--train_args", "--model_name none"],
         "--model_name none: neither a folder nor one of",

@@ -148,10 +148,12 @@ def test_annotators_are_settled_by_majority(convert, tmp_path):
     status, error = convert(json.dumps(tasks), "--is_shuffle", "False")
     assert status == 0
     assert (tmp_path / "out" / "train.txt").read_text("utf-8") == (
-        "三人\t甲,乙\n两人\t乙\n不一致\t\n取消\t甲\n审核\t丁\n"
+        "三人\t甲,乙\n两人\t乙\n取消\t甲\n审核\t丁\n"
     )
     assert "- 3 texts have several annotators, 3 with unlike labels: the majority decides." in error
     assert "- Left out 2 tasks without annotation." in error
+    message = "Left out 1 texts: no label was given by a majority of their annotators."
+    assert f"[ WARNING] - {message}" in error  # 不一致 is no sample without labels
 
 
 def test_annotators_of_json_min_are_records_of_the_same_task(convert, tmp_path):

@@ -246,6 +246,9 @@ def test_injected_noise(kind):
         else:
             assert len(new ^ old) == 1 and (new < old) == (kind == "drop")
     assert inject_noise(label_ids, 0.1, kind, seed=1)[0] == noisy
+    # Where only one sample can be given another label, only that is.
+    if kind == "add":
+        assert inject_noise([[0, 1], [0]], 1.0, kind, seed=1)[1].tolist() == [1]
 
 
 def test_resume_benchmark(small_data, tiny_model, capsys):

@@ -105,11 +105,21 @@ def test_input_forms(tmp_path, content, expected):
             "bad_case.txt:2: 3 fields separated by tabs; 2 are expected",
         ),
         ("Text\tLabel\n\n", [], "bad_case.txt: no texts; evaluate.py writes such a file"),
-        (None, [], "bad_case.txt: No such file"),
+        (None, [], "bad_case.txt: No such file; evaluate.py --bad_case_path writes"),
+        (
+            "Prediction\tLabel\tText\n准予离婚\n",
+            [],
+            "bad_case.txt:2: 1 fields, no text; see the first",
+        ),
+        ("准予离婚\t婚后分居\t双方不和。\n", [], "the first column holds labels, not texts; keep"),
+        ("a\n", ["--interpret_result_file", "train.txt"], "train.txt, which is read, too; give"),
         ("a\n", ["--interpret_result_file", "no/x.txt"], "x.txt: no folder"),
         ("a\n", ["--params_path", "none"], "none: no such folder"),
     ],
-    ids=["four fields", "more than the header", "empty", "missing", "no folder", "no checkpoint"],
+    ids=[
+        *("four fields", "more than the header", "empty", "missing", "less than the header"),
+        *("header lost", "over an input", "no folder", "no checkpoint"),
+    ],
 )
 def test_errors(run, content, flags, message):
     status, error, result = run(content, *flags)

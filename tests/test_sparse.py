@@ -151,13 +151,37 @@ def test_dev_texts_never_become_training_data(run, data):
 
     new = (data / "data.txt").read_text("utf-8").splitlines()
     known = [leaked[0].split("\t")[0], rows(data / "train.txt")[9][0]]
-    (data / "data.txt").write_text("\n".join([*known, "", *new]) + "\n", "utf-8")
+    lines = ["text\tlabel", *known, "", *new, new[3], new[4] + "\t离婚"]  # repeated, labelled
+    (data / "data.txt").write_text("\n".join(lines) + "\n", "utf-8")
     status, error = run("--annotate", "--support_threshold", "-1", "--support_num", "1000")
     assert status == 0 and "2 candidates are left out: their texts stand in train or dev" in error
     assert f"Only {len(new)} support texts of 1000; lower --support_threshold or give more" in error
     found = (data / "support.txt").read_text("utf-8").splitlines()
     assert sorted(found) == sorted(new)
     assert rows(data / "support.scores.tsv")[0] == ["score", "text"]
+
+
+def test_a_text_is_taken_once(run, data):
+    lines = (data / "train.txt").read_text("utf-8")
+    (data / "train.txt").write_text(lines + lines, "utf-8")
+    run("--aug_strategy", "duplicate")
+    texts = [text for text, _ in rows(data / "support.txt")]
+    assert len(texts) == len(set(texts)) == 30
+
+
+def test_number_of_ranks(run, data):
+    """By default enough of them; with one rank there are at most as many as sparse texts."""
+    run("--aug_strategy", "duplicate", "--support_threshold", "-1")
+    everything = rows(data / "support.txt")
+    run(
+        "--aug_strategy", "duplicate", "--support_threshold", "-1", "--rationale_num_support", "300"
+    )
+    assert rows(data / "support.txt") == everything and len(everything) == 30
+    status, error = run("--aug_strategy", "duplicate", "--rationale_num_support", "1")
+    support = rows(data / "support.txt")
+    assert status == 0 and support == everything[: len(support)] and len(support) <= 20
+    assert f"Only {len(support)} support texts of 30; " in error
+    assert "or raise --rationale_num_support" in error
 
 
 def test_find_support():
@@ -189,11 +213,18 @@ FAULTS = {
     "no lists": (["--dict_dir", "none"], "--dict_dir none: no stopwords.txt; bring it from"),
     "device": (["--device", "tpu"], "--device tpu: "),
     "no folder": (["--sparse_file", "x/sparse.txt"], "sparse.txt: no folder"),
+    "over an input": (["--sparse_file", "dev.txt"], "dev.txt, which is read, too; give the result"),
+    "over another": (
+        ["--support_file", "sparse.tsv"],
+        "sparse.scores.tsv, which is another result",
+    ),
+    "blank data": (["--annotate", "--unlabeled_file", "blank.txt"], "blank.txt: no texts; write"),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_errors(run, data, fault):
+    (data / "blank.txt").write_text("\n \n\t\n", "utf-8")
     before = sorted(path.name for path in data.iterdir())
     flags, message = FAULTS[fault]
     status, error = run(*flags)

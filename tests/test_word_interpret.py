@@ -100,6 +100,14 @@ def test_odd_texts(checkpoint, interpreters, method):
     assert TEXT.startswith("".join(result.words)) and 10 < len("".join(result.words)) < 24
 
 
+def test_words_that_share_a_token(interpreters):
+    """The tokenizer makes one token of what jieba takes apart: the words are joined."""
+    text = "原告１２３元，Café负担。"
+    assert {"１", "２", "３"} <= set(word_interpret.jieba.lcut(text))
+    result = interpreters["ig"](text)
+    assert "１２３" in result.words and "Café" in result.words and "".join(result.words) == text
+
+
 def test_errors(checkpoint, interpreters):
     with pytest.raises(UserError, match="method 'shap': use one of ig, grad, lime"):
         word_interpret.WordInterpreter(checkpoint, "cpu", method="shap")
