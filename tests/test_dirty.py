@@ -152,12 +152,12 @@ def test_a_rare_label_given_wrongly(run, tmp_path, number):
     folder = shutil.copytree(SAMPLE, tmp_path / "sample")
     train = lines(folder / "train.txt")
     for i in range(number):
-        train[7 + 40 * i] += ",无关" if train[7 + 40 * i].split("\t")[1] else "无关"
+        train[7 + 40 * i] += ",虚构标签" if train[7 + 40 * i].split("\t")[1] else "虚构标签"
     (folder / "train.txt").write_text("\n".join(train) + "\n", "utf-8")
     with open(folder / "label.txt", "a", encoding="utf-8") as file:
-        file.write("无关\n")
+        file.write("虚构标签\n")
     assert run("--dirty_num", "100", dataset_dir=folder)[0] == 0
-    assert sum("无关" in line for line in lines(folder / "train_dirty.txt")) == number
+    assert sum("虚构标签" in line for line in lines(folder / "train_dirty.txt")) == number
 
 
 def test_threshold_of_trustai(run, data, checkpoint):
