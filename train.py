@@ -40,6 +40,10 @@ MODEL_NAMES = [
 ]
 STATE_FILE = "training_state.pdparams"  # everything --resume needs; removed when the run is done
 LOG_FILE = "train_log.jsonl"
+# How the log names what --metric_for_best can be.
+BEST = {"macro_f1": "macro f1", "micro_f1": "micro f1", "loss": "loss"}
+FOCAL_GAMMA = 2.0  # Lin et al. 2017, section 5
+ASL_GAMMA, ASL_MARGIN = 4.0, 0.05  # of the negatives; 0 of the positives; Ridnik et al. 2021, 3.3
 # Flags that may differ between a stopped run and its continuation: they do not change the weights.
 FREE_FLAGS = {"resume", "logging_steps", "save_steps", "visualdl_dir", "save_dir", "dataset_dir"}
 
@@ -72,6 +76,12 @@ def parse_args(argv=None):
     add("--max_grad_norm", type=at_least(0.0), default=0.0, help="clip gradients to it; 0: off")
     add("--amp", action="store_true", help="mixed precision (GPU only)")
     batching = "sorted: texts of like length share a batch; random: plain shuffle"
+    losses = "bce: cross-entropy; focal, asl: less weight on labels that are easy"
+    add("--loss", choices=["bce", "focal", "asl"], default="bce", help=losses)
+    weight = "auto: a label's positives count sqrt(negatives / positives) times"
+    add("--pos_weight", choices=["none", "auto"], default="none", help=weight)
+    best = "dev figure that decides which epoch is the best"
+    add("--metric_for_best", choices=list(BEST), default="macro_f1", help=best)
     add("--batching", choices=["sorted", "random"], default="sorted", help=batching)
     add("--seed", type=at_least(0), default=3, help="seed of all randomness")
     add = parser.add_argument_group("run").add_argument
@@ -342,9 +352,49 @@ def lost_worker_message(save_dir):
 
 
 # --------------------------------------------------------------------------------------- training
-def merit(result):
-    """What is compared: higher macro F1 is better; while that is 0, lower dev loss is."""
-    return result["macro_f1"], 0.0 if result["macro_f1"] else -result["loss"]
+def merit(result, name="macro_f1"):
+    """What is compared: a higher F1 is better; while that is 0, a lower dev loss is."""
+    f1 = 0.0 if name == "loss" else result[name]
+    return f1, 0.0 if f1 else -result["loss"]
+
+
+def positive_weights(label_ids, num_labels):
+    """float32 [classes]: sqrt(negatives / positives), at least 1; 1 for a label without samples.
+
+    The root, since the whole ratio of a rare label (100 and more) drowns all others.
+    """
+    positives = np.bincount([i for ids in label_ids for i in ids], minlength=num_labels)
+    ratio = (len(label_ids) - positives) / np.maximum(positives, 1)
+    return np.where(positives > 0, np.maximum(ratio, 1.0) ** 0.5, 1.0).astype(np.float32)
+
+
+def make_loss(name, pos_weight=None):
+    """loss(logits, targets), both float32 [batch, classes], to a scalar: the mean of all elements.
+
+    focal: "Focal Loss for Dense Object Detection", Lin et al. 2017. asl: "Asymmetric Loss For
+    Multi-Label Classification", Ridnik et al. 2021; negatives of a probability under the margin
+    count nothing. pos_weight [classes] multiplies the loss of positives; None: 1.
+    """
+    weight = None if pos_weight is None else paddle.to_tensor(pos_weight)
+
+    def loss(logits, targets):
+        logits = logits.astype("float32")  # after --amp
+        if name == "bce" and weight is None:
+            return F.binary_cross_entropy_with_logits(logits, targets)
+        # That function's pos_weight is wrong for negative logits (Paddle 2.6.2, CPU).
+        positive, negative = -F.log_sigmoid(logits), -F.log_sigmoid(-logits)
+        probs = F.sigmoid(logits)
+        if name == "focal":
+            positive *= (1 - probs) ** FOCAL_GAMMA
+            negative *= probs**FOCAL_GAMMA
+        elif name == "asl":
+            shifted = F.relu(probs - ASL_MARGIN)
+            negative = -(shifted**ASL_GAMMA) * paddle.log(1 - shifted)  # 1 - shifted >= the margin
+        if weight is not None:
+            positive = weight * positive
+        return (targets * positive + (1 - targets) * negative).mean()
+
+    return loss
 
 
 def make_optimizer(args, model, total_steps):
@@ -366,7 +416,7 @@ def make_optimizer(args, model, total_steps):
     return optimizer, schedule
 
 
-def train_step(args, parallel, optimizer, scaler, examples, group, step, counts):
+def train_step(args, loss_function, parallel, optimizer, scaler, examples, group, step, counts):
     """One optimizer step over the batches in `group`; returns their mean loss."""
     losses, outputs = [], []
     for position, index in enumerate(group):
@@ -377,7 +427,7 @@ def train_step(args, parallel, optimizer, scaler, examples, group, step, counts)
         targets = utils.multi_hot([examples[1][i] for i in index], len(counts.tp))
         with paddle.amp.auto_cast(enable=args.amp):
             logits = parallel(**{k: paddle.to_tensor(v) for k, v in batch.items()})
-            loss = F.binary_cross_entropy_with_logits(logits, paddle.to_tensor(targets))
+            loss = loss_function(logits, paddle.to_tensor(targets))
         # Gradients are exchanged once, with the last batch of the step.
         waits = dist.get_world_size() > 1 and position < len(group) - 1
         with parallel.no_sync() if waits else nullcontext():
@@ -400,12 +450,17 @@ def train(args, identity, model, num_labels, examples, dev_examples, tokenizer_d
     Loss and F1 of the training log are those of rank 0's share of the batches.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
+    best = BEST[args.metric_for_best]
+    shown = best if best == "loss" else f"{best} score"
     save_dir, state_path = Path(args.save_dir), Path(args.save_dir) / STATE_FILE
     lengths = [len(ids) for ids in examples[0]]
     batches_per_rank = -(-(-(-len(lengths) // args.batch_size)) // world_size)
     steps_per_epoch = -(-batches_per_rank // args.gradient_accumulation_steps)
     optimizer, schedule = make_optimizer(args, model, steps_per_epoch * args.epochs)
     scaler = paddle.amp.GradScaler(enable=args.amp)
+    auto = args.pos_weight == "auto"
+    weights = positive_weights(examples[1], num_labels) if auto else None
+    loss_function = make_loss(args.loss, weights)
     progress = SimpleNamespace(  # goes into the training state
         epoch=0,  # finished epochs
         step=0,  # finished steps of the running epoch
@@ -444,7 +499,8 @@ def train(args, identity, model, num_labels, examples, dev_examples, tokenizer_d
         since, logged = time.time(), progress.global_step
         for group in groups[progress.step :]:
             step, lr = progress.global_step, optimizer.get_lr()
-            loss = train_step(args, parallel, optimizer, scaler, examples, group, step, counts)
+            stepped = (args, loss_function, parallel, optimizer, scaler, examples, group)
+            loss = train_step(*stepped, step, counts)
             if schedule is not None:
                 schedule.step()
             progress.step += 1
@@ -473,21 +529,22 @@ def train(args, identity, model, num_labels, examples, dev_examples, tokenizer_d
                 "--max_grad_norm 1; the best model of the earlier epochs is kept"
             )
         progress.stale_epochs += 1
-        if progress.best is None or merit(result) > merit(progress.best):
+        chosen = args.metric_for_best
+        if progress.best is None or merit(result, chosen) > merit(progress.best, chosen):
             progress.stale_epochs, progress.best = 0, result
         if rank == 0:
             log.write("eval", progress.global_step, epoch=epoch, **result)
             if progress.stale_epochs == 0:
                 save_model(save_dir, model, tokenizer_dir)
-        logger.info("Current best macro f1 score: %.5f", progress.best["macro_f1"])
+        logger.info("Current best %s: %.5f", shown, progress.best[args.metric_for_best])
         progress.epoch, progress.step, progress.counts = epoch, 0, None
         save()
     if rank == 0:
         log.plot(save_dir / "train_curves.png")
         log.write("end", progress.global_step, **progress.best)
         state_path.unlink(missing_ok=True)
-    logger.info("Final best macro f1 score: %.5f", progress.best["macro_f1"])
-    logger.info("Save best macro f1 text classification model in %s", args.save_dir)
+    logger.info("Final best %s: %.5f", shown, progress.best[args.metric_for_best])
+    logger.info("Save best %s text classification model in %s", best, args.save_dir)
 
 
 def remove_leftovers(save_dir):

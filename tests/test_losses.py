@@ -1,0 +1,94 @@
+"""train.py --loss, --pos_weight and --metric_for_best: the formulas and what is kept."""
+
+import numpy as np
+import paddle
+import pytest
+from test_train import argv, records, same_weights, weights
+
+import train
+
+LOGITS = np.array([[-9.0, -1.0, 0.0, 0.5], [3.0, 12.0, -4.0, -0.2]], dtype=np.float32)
+TARGETS = np.array([[0, 1, 1, 0], [1, 1, 0, 0]], dtype=np.float32)
+
+
+def value(name, logits=LOGITS, targets=TARGETS, pos_weight=None):
+    loss = train.make_loss(name, pos_weight)
+    return float(loss(paddle.to_tensor(logits), paddle.to_tensor(targets)))
+
+
+@pytest.mark.parametrize("pos_weight", [None, [1.0, 2.0, 3.0, 4.0]], ids=["plain", "weighted"])
+def test_formulas(pos_weight):
+    """As the papers write them, in float64."""
+    probs = 1 / (1 + np.exp(-LOGITS.astype(np.float64)))
+    weight = np.array(pos_weight or [1.0] * 4)
+    shifted = np.maximum(probs - 0.05, 0)
+    terms = {
+        "bce": (np.log(probs), np.log(1 - probs)),
+        "focal": ((1 - probs) ** 2 * np.log(probs), probs**2 * np.log(1 - probs)),
+        "asl": (np.log(probs), shifted**4 * np.log(1 - shifted)),
+    }
+    for name, (positive, negative) in terms.items():
+        expected = -np.mean(TARGETS * weight * positive + (1 - TARGETS) * negative)
+        array = None if pos_weight is None else weight.astype(np.float32)
+        assert value(name, pos_weight=array) == pytest.approx(expected, rel=1e-5), name
+
+
+@pytest.mark.parametrize("name", ["bce", "focal", "asl"])
+def test_extreme_logits_have_finite_gradients(name):
+    logits = paddle.to_tensor([[-200.0, 200.0, -200.0, 200.0, 0.0]], stop_gradient=False)
+    loss = train.make_loss(name)(logits, paddle.to_tensor([[1.0, 0.0, 0.0, 1.0, 1.0]]))
+    loss.backward()
+    assert np.isfinite(float(loss)) and np.isfinite(logits.grad.numpy()).all()
+    assert logits.grad.numpy()[0, 0] < 0 <= logits.grad.numpy()[0, 1]
+
+
+def test_easy_negatives_count_nothing_in_asl():
+    logits = paddle.to_tensor([[-3.5, -2.0]], stop_gradient=False)  # probabilities 0.03 and 0.12
+    train.make_loss("asl")(logits, paddle.zeros([1, 2])).backward()
+    assert logits.grad.numpy()[0, 0] == 0 < logits.grad.numpy()[0, 1]
+
+
+def test_positive_weights():
+    label_ids = [[0], [0, 1], [0], [0], []]
+    found = train.positive_weights(label_ids, 3)
+    np.testing.assert_allclose(found, [1.0, 2.0, 1.0])  # sqrt(4 / 1); label 2 has no sample
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--loss", "focal"], ["--loss", "asl"], ["--pos_weight", "auto"], ["--loss", "bce"]],
+    ids=["focal", "asl", "pos_weight", "default"],
+)
+def test_flags_reach_the_training(small_data, tiny_model, tmp_path, flags):
+    train.main(argv(small_data, tiny_model, tmp_path / "a", "--epochs", "1"))
+    train.main(argv(small_data, tiny_model, tmp_path / "b", "--epochs", "1", *flags))
+    assert same_weights(tmp_path / "a", tmp_path / "b") == (flags == ["--loss", "bce"])
+    # The dev loss is the cross-entropy for all of them, so that runs can be compared.
+    assert records(tmp_path / "b", "eval")[0]["loss"] < 1
+
+
+SCORES = [  # dev figures of three epochs: each metric has another best one
+    {"loss": 0.4, "micro_f1": 0.5, "macro_f1": 0.3},
+    {"loss": 0.3, "micro_f1": 0.4, "macro_f1": 0.2},
+    {"loss": 0.5, "micro_f1": 0.3, "macro_f1": 0.6},
+]
+KEPT = {"macro_f1": (3, "macro f1 score"), "micro_f1": (1, "micro f1 score"), "loss": (2, "loss")}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_metric_for_best(small_data, tiny_model, tmp_path, monkeypatch, run_cli, name):
+    """The model of the best epoch is kept, and the log names the metric."""
+    results = iter(SCORES)
+    monkeypatch.setattr(train, "evaluate", lambda *_: next(results))
+    extra = ["--epochs", "3", "--metric_for_best", name]
+    status, error = run_cli(train.main, argv(small_data, tiny_model, tmp_path / "a", *extra))
+    epoch, shown = KEPT[name]
+    assert status == 0 and f"Final best {shown}: {SCORES[epoch - 1][name]:.5f}" in error
+    assert f"Save best {shown.removesuffix(' score')} text classification model in" in error
+    # The same run cut off after that epoch ends with the same weights.
+    extra = ["--epochs", str(epoch)]
+    best = {"loss": 9.0, "micro_f1": 0.0, "macro_f1": 0.0}
+    steps = iter([best] * (epoch - 1) + [SCORES[0]])
+    monkeypatch.setattr(train, "evaluate", lambda *_: next(steps))
+    train.main(argv(small_data, tiny_model, tmp_path / "b", *extra))
+    assert same_weights(tmp_path / "a", tmp_path / "b") and weights(tmp_path / "a")
