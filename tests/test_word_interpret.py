@@ -50,25 +50,26 @@ def test_every_predicted_label_is_explained(interpreters):
         np.testing.assert_allclose(result.probs, probs[probs > 0.5], atol=1e-6)
 
 
-def test_integrated_gradients_are_complete(interpreters):
+def test_integrated_gradients_are_complete(interpreters, monkeypatch):
     """Their sum is the logit's difference to the text without words (Sundararajan, axiom 1)."""
+    monkeypatch.setattr(word_interpret, "STEPS", 256)
     interpreter = interpreters["ig"]
     difference = logits_at(interpreter, TEXT, 1.0) - logits_at(interpreter, TEXT, 0.0)
     labels = interpreter.info.labels
     sums = interpreter(TEXT, labels).attributions.sum(axis=1)
     assert np.abs(difference).max() > 3
-    np.testing.assert_allclose(sums, difference, atol=0.02 * np.abs(difference).max())
+    np.testing.assert_allclose(sums, difference, atol=0.01 * np.abs(difference).max())
 
 
 def test_gradients_are_right(interpreters):
     """Against differences: Paddle's are wrong where a LayerNorm is frozen."""
-    interpreter, h = interpreters["ig"], 0.01
+    interpreter, h = interpreters["ig"], 0.001  # the logits bend within 0.01
     expected = (
         (logits_at(interpreter, TEXT, 0.5 + h) - logits_at(interpreter, TEXT, 0.5 - h)) / 2 / h
     )
     input_ids, words, word_of = interpreter._encode(TEXT)
     sums = interpreter._along_path(input_ids, word_of, len(words), range(20), [0.5]).sum(axis=1)
-    np.testing.assert_allclose(sums, expected, atol=0.02 * np.abs(expected).max())
+    np.testing.assert_allclose(sums, expected, atol=0.01 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("method", word_interpret.METHODS)
