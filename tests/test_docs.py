@@ -206,7 +206,7 @@ def test_data_quality_benchmarks(small_data, tiny_model, word_lists, tmp_path, c
 
     train_args = f"--model_name {tiny_model} --epochs 1 --batch_size 8"
     flags = ["--dataset_dir", small_data, "--folds", "2", "--train_args", train_args]
-    for retrain, strategies in (("svm", dirty.STRATEGIES), ("finetune", ["tfidf"])):
+    for retrain, strategies in (("svm", ["finetune", "trustai"]), ("finetune", ["tfidf"])):
         own = ["--work_dir", tmp_path / "noise", "--retrain", retrain, "--seeds", "1"]
         label_noise.main([str(f) for f in (*flags, *own, "--strategies", *strategies)])
         *lines, last = (json.loads(line) for line in capsys.readouterr().out.splitlines())

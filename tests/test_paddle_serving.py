@@ -436,7 +436,8 @@ def test_sigterm_while_it_starts(model, tmp_path):
         one = Server(tmp_path)
         time.sleep(seconds)
         one.process.terminate()
-        assert one.process.wait(timeout=60) in (0, 143)  # 143: before it has begun
+        # 143: before it has begun; -SIGTERM: before Python has run a line of it (a busy machine)
+        assert one.process.wait(timeout=60) in (0, 143, -signal.SIGTERM)
         one.assert_gone()
 
 

@@ -130,8 +130,7 @@ def test_html():
     assert result.key_words(0, 5) == ["<b>"] and result.key_words(1, 5) == []
 
 
-@pytest.mark.parametrize("method", word_interpret.METHODS)
-def test_notebook(checkpoint, hard_data, tmp_path, method):
+def test_notebook(checkpoint, hard_data, tmp_path):
     """It runs top to bottom and explains each predicted label of each text."""
     data = shutil.copytree(hard_data, tmp_path / "data")
     lines = ["Prediction\tLabel\tText", f"\t有夫妻共同债务,适当帮助\t{TEXT}", "\t\t本院查明。"]
@@ -139,7 +138,7 @@ def test_notebook(checkpoint, hard_data, tmp_path, method):
     notebook = nbformat.read(REPO / "analysis" / "word_interpret.ipynb", as_version=4)
     constants = notebook.cells[1]
     own = {"DEVICE": "cpu", "DATASET_DIR": str(data), "PARAM_PATH": str(checkpoint)}
-    for name, value in {**own, "INTERPRETER": method}.items():
+    for name, value in own.items():
         assert f"\n{name} = " in "\n" + constants.source
         constants.source += f"\n{name} = {value!r}"
     resources = {"metadata": {"path": str(REPO / "analysis")}}
@@ -151,7 +150,7 @@ def test_notebook(checkpoint, hard_data, tmp_path, method):
         for output in cell.outputs
         if "text/html" in output.get("data", {})
     ]
-    expected = word_interpret.WordInterpreter(checkpoint, "cpu", method=method)(TEXT)
+    expected = word_interpret.WordInterpreter(checkpoint, "cpu")(TEXT)
     assert len(pages) == 2
     for name, prob in zip(expected.labels, expected.probs):
         assert f"{name} ({prob:.2f})" in pages[0]
