@@ -151,7 +151,7 @@ def main(argv=None):
         if len(texts) == args.support_num:
             break
     advice = "lower --support_threshold or give more candidates"
-    if args.rationale_num_support:
+    if number < len(candidates):
         advice += " or raise --rationale_num_support"
     if not texts:
         raise UserError(f"no support data above the threshold, none written; {advice}")
