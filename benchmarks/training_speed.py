@@ -57,7 +57,7 @@ def log_time(log, message):
 
 
 def run_train(name, args, data, folder):
-    """Samples per second from before the first step to the end of the last."""
+    """Samples per second from the end of the first step to the end of the last."""
     launcher, flags = SYSTEMS[name]
     processes = 2 if launcher else 1
     steps = args.texts // (BATCH_SIZE * processes)
@@ -71,8 +71,8 @@ def run_train(name, args, data, folder):
         raise utils.UserError(f"{name} failed:\n{run.stderr}")
     workers = sorted(Path(folder).glob("log/workerlog.*"))
     log = workers[0].read_text(encoding="utf-8") if workers else run.stderr
-    seconds = log_time(log, f"global step {steps},") - log_time(log, "Dev set:")
-    return steps * processes * BATCH_SIZE / seconds
+    seconds = log_time(log, f"global step {steps},") - log_time(log, "global step 1,")
+    return (steps - 1) * processes * BATCH_SIZE / seconds
 
 
 def run_hugging_face(args, data):
