@@ -31,6 +31,8 @@ def parse_args(argv=None):
     add = parser.add_argument_group("output").add_argument
     add("--bad_case_path", default="./bad_case.txt", help="dev texts that are labelled wrongly")
     add("--json_path", help="write all figures there as JSON")
+    page = "write an HTML page there: tables, curves, thresholds, confused labels, worst texts"
+    add("--report_path", help=page)
     add("--tune_thresholds", action="store_true", help="choose one threshold per label on dev")
     add("--save_thresholds", action="store_true", help="store the tuned ones in the checkpoint")
     return parser.parse_args(argv)
@@ -76,6 +78,28 @@ def write_bad_cases(path, texts, label_ids, decisions, labels):
                 file.write("\t".join([*names, text]) + "\n")
 
 
+def write_page(args, thresholds, reports, texts, label_ids, predicted, probs):
+    """The HTML page of the dev set; predicted: class ids per text, probs [texts, classes]."""
+    import report  # scikit-learn takes a second to import
+
+    rule = f"probability > {metric.DEFAULT_THRESHOLD} (default)"
+    if thresholds is not None:
+        rule = "probability > the label's tuned threshold (on the set they come from: optimistic)"
+    about = {
+        "Set": str(Path(args.dataset_dir) / args.dev_file),
+        "Checkpoint": args.params_path,
+        "Decision rule": rule,
+        "Texts": str(len(texts)),
+        "Labels": str(probs.shape[1]),
+    }
+    if "tuned" in reports:
+        reports = {**reports, "out_of_sample": reports["tuned"]["out_of_sample"]}
+    limits = thresholds or [metric.DEFAULT_THRESHOLD] * probs.shape[1]
+    page = report.render(about, reports, texts, label_ids, predicted, probs, limits)
+    with utils.atomic_file(args.report_path) as file:
+        file.write(page)
+
+
 def save_thresholds(params_path, thresholds):
     path = Path(params_path) / utils.CONFIG_FILE
     config = {**utils.read_json(path), "thresholds": list(thresholds)}
@@ -98,9 +122,11 @@ def main(argv=None):
     examples = {k: utils.read_examples(data / v, info.labels) for k, v in files.items()}
     if args.tune_thresholds and len(examples["dev"][0]) < FOLDS:
         raise UserError(f"--tune_thresholds needs at least {FOLDS} samples in {args.dev_file}")
-    for path in (args.bad_case_path, args.json_path):
-        if path:
-            utils.check_writable(path)
+    outputs = [path for path in (args.bad_case_path, args.json_path, args.report_path) if path]
+    inputs = [data / (f or "label.txt") for f in (args.train_file, args.dev_file, args.label_file)]
+    model_files = (utils.CONFIG_FILE, utils.WEIGHTS_FILE, *utils.TOKENIZER_FILES)
+    inputs += [Path(args.params_path) / name for name in model_files]
+    utils.check_outputs(outputs, inputs)
     forward, info = load_forward(args.params_path, args.device)
     if info.thresholds is not None:
         logger.warning("The thresholds are tuned: figures on the set they come from are optimistic")
@@ -126,6 +152,10 @@ def main(argv=None):
             json.dump(reports, file, ensure_ascii=False, indent=2)
             file.write("\n")
         logger.info("Report saved in %s", args.json_path)
+    if args.report_path:
+        predicted = [np.flatnonzero(row).tolist() for row in decisions]
+        write_page(args, info.thresholds, reports, texts, label_ids, predicted, probs)
+        logger.info("Page saved in %s; open it in a browser", args.report_path)
 
 
 def tune(args, probs, targets, labels):

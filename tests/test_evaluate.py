@@ -214,6 +214,9 @@ FAULTS = {
     "too long": ({}, ["--max_seq_length", "161"], "this model takes 3 to 160 tokens"),
     "unknown device": ({}, ["--device", "tpu"], "--device tpu: "),
     "no output folder": ({}, ["--bad_case_path", "none/b.txt"], "none/b.txt: no folder"),
+    "no page folder": ({}, ["--report_path", "none/r.html"], "none/r.html: no folder"),
+    "page over an input": ({}, ["--report_path", "data/dev.txt"], "data/dev.txt, which is read"),
+    "one file for two": ({}, ["--json_path", "r", "--report_path", "r"], "r, which is another"),
     "too few to tune": (
         {"dev.txt": "a\t\n" * 4},
         ["--tune_thresholds"],
