@@ -150,12 +150,14 @@ def tune_thresholds(probs, targets, folds=5, seed=3):
     if len(targets) < folds:
         raise ValueError(f"{len(targets)} samples are too few for {folds} folds")
     fold_of = np.random.default_rng(seed).permutation(len(targets)) % folds
+    chosen = np.empty((folds + 1, targets.shape[1]))
+    for c in range(targets.shape[1]):  # one pass over the columns, which are scattered in memory
+        scores, gold = np.ascontiguousarray(probs[:, c]), np.ascontiguousarray(targets[:, c])
+        for fold in range(folds + 1):  # no sample is in the last one
+            others = fold_of != fold
+            chosen[fold, c] = best_threshold(scores[others], gold[others])[0]
     held_out = MultiLabelCounts(targets.shape[1])
-
-    def choose(rows):
-        return [best_threshold(probs[rows, c], targets[rows, c])[0] for c in range(probs.shape[1])]
-
     for fold in range(folds):
         inside = fold_of == fold
-        held_out.update(decode(probs[inside], choose(~inside)), targets[inside])
-    return choose(np.ones(len(targets), dtype=bool)), held_out
+        held_out.update(decode(probs[inside], chosen[fold]), targets[inside])
+    return chosen[folds].tolist(), held_out

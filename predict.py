@@ -67,15 +67,18 @@ def load_forward(params_path, device):
     return fast_forward(model, device), info
 
 
-def merge_parts(file, parts, header_lines):
-    """Rank r wrote the chunks r, r + world size, ...; takes them back in turn, the header first."""
+def merge_parts(file, parts, size, header_lines):
+    """Takes chunks of `size` lines from the parts in turn, the header first.
+
+    Rank r wrote the chunks r, r + world size, ...
+    """
     with contextlib.ExitStack() as stack:
         handles = [stack.enter_context(open(p, encoding="utf-8", newline="\n")) for p in parts]
         file.writelines(itertools.islice(handles[0], header_lines))
         for handle in itertools.cycle(handles):
-            lines = list(itertools.islice(handle, utils.CHUNK))
+            lines = list(itertools.islice(handle, size))
             file.writelines(lines)
-            if len(lines) < utils.CHUNK:  # only the last chunk is short
+            if len(lines) < size:  # only the last chunk is short
                 break
 
 
@@ -104,12 +107,13 @@ def main(argv=None):
     jsonl = output.suffix == ".jsonl"
     # Every rank writes its chunks beside the output; rank 0 merges them when all are there.
     parts = [output.with_name(f".{output.name}.part{i}.tmp") for i in range(world_size)]
+    chunk = utils.chunk_size(len(labels))
     sizes = np.zeros(2, dtype=np.int64)  # texts, texts that were cut
     try:
         with utils.atomic_file(output if world_size == 1 else parts[rank]) as file:
             if rank == 0:
                 utils.write_header(file, labels, jsonl, args.output_scores)
-            chunks = utils.chunks(utils.read_texts(data_path), utils.CHUNK)
+            chunks = utils.chunks(utils.read_texts(data_path), chunk)
             for number, texts in enumerate(tqdm(chunks, unit="chunk", disable=None)):
                 if number % world_size != rank:
                     continue
@@ -123,7 +127,7 @@ def main(argv=None):
         sizes = all_reduce(sizes)  # all parts are complete now
         if rank == 0 and world_size > 1:
             with utils.atomic_file(output) as file:
-                merge_parts(file, parts, header_lines=0 if jsonl else 1)
+                merge_parts(file, parts, chunk, header_lines=0 if jsonl else 1)
             remove(parts)
     except BaseException:
         remove(parts if rank == 0 else [parts[rank]])

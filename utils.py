@@ -37,6 +37,7 @@ SPECIAL_TOKENS = ("[PAD]", "[CLS]", "[SEP]", "[MASK]", "[UNK]")
 MAX_REPORTED = 10  # offending lines listed in one error message
 MAX_LINE = 500_000  # bytes; longer than any document, so the file has lost its line ends
 CHUNK = 8192  # texts that are read, encoded and sorted by length at a time
+CHUNK_CELLS = 1 << 24  # fewer with many labels: texts x labels of a chunk (float32: 64 MiB)
 
 
 class UserError(Exception):
@@ -263,6 +264,11 @@ def chunks(items, size):
     items = iter(items)
     while chunk := list(itertools.islice(items, size)):
         yield chunk
+
+
+def chunk_size(num_labels):
+    """Texts to label at a time, so that [texts, classes] stays small with many labels."""
+    return min(CHUNK, max(1, CHUNK_CELLS // num_labels))
 
 
 def multi_hot(label_ids, num_labels):
@@ -543,10 +549,11 @@ def write_rows(file, texts, names, labels, jsonl, probs=None):
         if jsonl:
             record = {"text": text, "labels": given}
             if probs is not None:
-                record["scores"] = {n: round(float(p), 6) for n, p in zip(labels, probs[i])}
+                scores = probs[i].tolist()
+                record["scores"] = {n: round(p, 6) for n, p in zip(labels, scores)}
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
         else:
-            scores = [] if probs is None else [f"{p:.6f}" for p in probs[i]]
+            scores = [] if probs is None else [f"{p:.6f}" for p in probs[i].tolist()]
             file.write("\t".join([text.replace("\t", " "), ",".join(given), *scores]) + "\n")
 
 

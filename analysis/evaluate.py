@@ -5,8 +5,10 @@ python evaluate.py --device cpu --dataset_dir ../data --params_path ../checkpoin
 
 import zlib  # noqa: F401  libpaddle exports zlib symbols of its own; loaded after it, zlib crashes
 import json
+import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -17,6 +19,7 @@ from predict import load_forward  # noqa: E402
 from utils import UserError, logger  # noqa: E402
 
 FOLDS = 5  # of the cross-validation of thresholds
+CELL_BYTES = 6  # per text and label of what is kept: a probability, a target, a fold's copy
 
 
 def parse_args(argv=None):
@@ -68,18 +71,66 @@ def log_report(dev, train):
         logger.info("----------------------------")
 
 
-def write_bad_cases(path, texts, label_ids, decisions, labels):
-    with utils.atomic_file(path) as file:
-        file.write("Prediction\tLabel\tText\n")
-        for text, ids, row in zip(texts, label_ids, decisions):
-            predicted = np.flatnonzero(row)
-            if set(predicted) != set(ids):
-                names = (",".join(labels[i] for i in some) for some in (predicted, ids))
-                file.write("\t".join([*names, text]) + "\n")
+def write_bad_cases(file, texts, label_ids, predicted, labels):
+    """label_ids, predicted: class ids per text."""
+    for text, *ids in zip(texts, predicted, label_ids):
+        if set(ids[0]) != set(ids[1]):
+            names = (",".join(labels[i] for i in some) for some in ids)
+            file.write("\t".join([*names, text]) + "\n")
 
 
-def write_page(args, thresholds, reports, texts, label_ids, predicted, probs):
-    """The HTML page of the dev set; predicted: class ids per text, probs [texts, classes]."""
+def new_kept(num_texts, num_labels):
+    """What --tune_thresholds and --report_path need of the dev set: all its probabilities.
+
+    Raises UserError if they would take more than half of the machine's memory.
+    """
+    needed = CELL_BYTES * num_texts * num_labels
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory / 2:
+        raise UserError(
+            f"--tune_thresholds and --report_path take {CELL_BYTES} bytes x {num_texts} texts x "
+            f"{num_labels} labels = {needed / 1e9:.1f} GB, more than half of this machine's "
+            f"{memory / 1e9:.1f} GB; give a smaller --dev_file"
+        )
+    return SimpleNamespace(
+        probs=np.empty((num_texts, num_labels), dtype=np.float32),
+        targets=np.empty((num_texts, num_labels), dtype=bool),
+        predicted=[],  # class ids of each text
+        untuned=metric.MultiLabelCounts(num_labels),  # by the default threshold
+    )
+
+
+def evaluate(args, model, name, examples, file=None, kept=None):
+    """Figures of one set, a chunk of texts at a time; see metric.MultiLabelCounts.report.
+
+    model: (forward, utils.ModelInfo, tokenizer, longest sequence). `file` gets the texts that are
+    labelled wrongly, `kept` (see new_kept) the rest.
+    """
+    (forward, info, tokenizer, max_seq_length), num_labels = model, len(model[1].labels)
+    counts, total_cut, size = metric.MultiLabelCounts(num_labels), 0, utils.chunk_size(num_labels)
+    for start in range(0, len(examples[0]), size):
+        rows = slice(start, start + size)
+        texts, label_ids = (values[rows] for values in examples)
+        encoded, cut = utils.encode(texts, tokenizer, max_seq_length)
+        logits = utils.logits_of(forward, encoded, args.batch_size, num_labels, name)
+        probs, targets = metric.probabilities(logits), utils.multi_hot(label_ids, num_labels)
+        decisions = metric.decode(probs, info.thresholds)
+        counts.update(decisions, targets)
+        total_cut += cut
+        if file is None:
+            continue
+        predicted = [np.flatnonzero(row).astype(np.int32) for row in decisions]
+        write_bad_cases(file, texts, label_ids, predicted, info.labels)
+        if kept:
+            kept.probs[rows], kept.targets[rows] = probs, targets
+            kept.predicted += predicted
+            kept.untuned.update(metric.decode(probs), targets)
+    utils.warn_truncated(total_cut, len(examples[0]), max_seq_length)
+    return counts.report(info.labels)
+
+
+def write_page(args, thresholds, reports, texts, label_ids, kept):
+    """The HTML page of the dev set."""
     import report  # scikit-learn takes a second to import
 
     rule = f"probability > {metric.DEFAULT_THRESHOLD} (default)"
@@ -90,12 +141,12 @@ def write_page(args, thresholds, reports, texts, label_ids, predicted, probs):
         "Checkpoint": args.params_path,
         "Decision rule": rule,
         "Texts": str(len(texts)),
-        "Labels": str(probs.shape[1]),
+        "Labels": str(kept.probs.shape[1]),
     }
     if "tuned" in reports:
         reports = {**reports, "out_of_sample": reports["tuned"]["out_of_sample"]}
-    limits = thresholds or [metric.DEFAULT_THRESHOLD] * probs.shape[1]
-    page = report.render(about, reports, texts, label_ids, predicted, probs, limits)
+    limits = thresholds or [metric.DEFAULT_THRESHOLD] * kept.probs.shape[1]
+    page = report.render(about, reports, texts, label_ids, kept.predicted, kept.probs, limits)
     with utils.atomic_file(args.report_path) as file:
         file.write(page)
 
@@ -127,43 +178,38 @@ def main(argv=None):
     model_files = (utils.CONFIG_FILE, utils.WEIGHTS_FILE, *utils.TOKENIZER_FILES)
     inputs += [Path(args.params_path) / name for name in model_files]
     utils.check_outputs(outputs, inputs)
+    kept = None
+    if args.tune_thresholds or args.report_path:
+        kept = new_kept(len(examples["dev"][0]), len(info.labels))
     forward, info = load_forward(args.params_path, args.device)
     if info.thresholds is not None:
         logger.warning("The thresholds are tuned: figures on the set they come from are optimistic")
-    tokenizer = utils.load_tokenizer(args.params_path)
+    model = forward, info, utils.load_tokenizer(args.params_path), max_seq_length
 
     reports = {}
-    for name, (texts, label_ids) in examples.items():  # dev comes last
-        encoded, cut = utils.encode(texts, tokenizer, max_seq_length)
-        utils.warn_truncated(cut, len(texts), max_seq_length)
-        logits = utils.logits_of(forward, encoded, args.batch_size, len(info.labels), name)
-        probs, targets = metric.probabilities(logits), utils.multi_hot(label_ids, len(info.labels))
-        decisions = metric.decode(probs, info.thresholds)
-        counts = metric.MultiLabelCounts(len(info.labels))
-        counts.update(decisions, targets)
-        reports[name] = counts.report(info.labels)
+    if "train" in examples:
+        reports["train"] = evaluate(args, model, "train", examples["train"])
+    with utils.atomic_file(args.bad_case_path) as file:
+        file.write("Prediction\tLabel\tText\n")
+        reports["dev"] = evaluate(args, model, "dev", examples["dev"], file, kept)
     log_report(reports["dev"], reports.get("train"))
-    write_bad_cases(args.bad_case_path, texts, label_ids, decisions, info.labels)
     logger.info("Bad case in dev dataset saved in %s", args.bad_case_path)
     if args.tune_thresholds:
-        reports["tuned"] = tune(args, probs, targets, info.labels)
+        reports["tuned"] = tune(args, kept, info.labels)
     if args.json_path:
         with utils.atomic_file(args.json_path) as file:
             json.dump(reports, file, ensure_ascii=False, indent=2)
             file.write("\n")
         logger.info("Report saved in %s", args.json_path)
     if args.report_path:
-        predicted = [np.flatnonzero(row).tolist() for row in decisions]
-        write_page(args, info.thresholds, reports, texts, label_ids, predicted, probs)
+        write_page(args, info.thresholds, reports, *examples["dev"], kept)
         logger.info("Page saved in %s; open it in a browser", args.report_path)
 
 
-def tune(args, probs, targets, labels):
+def tune(args, kept, labels):
     """Logs what tuned thresholds give on held-out folds; stores them in the checkpoint if asked."""
-    thresholds, held_out = metric.tune_thresholds(probs, targets, FOLDS)
-    untuned = metric.MultiLabelCounts(len(labels))
-    untuned.update(metric.decode(probs), targets)
-    before, after = untuned.report(labels), held_out.report(labels)
+    thresholds, held_out = metric.tune_thresholds(kept.probs, kept.targets, FOLDS)
+    before, after = kept.untuned.report(labels), held_out.report(labels)
     logger.info(
         "Tuned thresholds, out of sample (%d-fold cross-validation on dev): "
         "micro F1 %.2f -> %.2f | macro F1 %.2f -> %.2f",

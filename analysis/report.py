@@ -39,7 +39,7 @@ SECTIONS = {
 def indicator(label_ids, num_labels):
     """0/1 CSR matrix [texts, classes] of class ids, a sequence per text."""
     sizes = [len(ids) for ids in label_ids]
-    columns = np.fromiter((i for ids in label_ids for i in ids), np.int32, sum(sizes))
+    columns = np.concatenate([np.asarray(ids, np.int32) for ids in label_ids])
     starts = np.concatenate([[0], np.cumsum(sizes)])
     shape = len(sizes), num_labels
     return sparse.csr_matrix((np.ones(len(columns), np.int32), columns, starts), shape)

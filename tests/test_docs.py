@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import aug
@@ -198,6 +199,34 @@ def test_benchmarks_run(small_data, tiny_model, checkpoint, capsys):
     assert result["texts_with_other_labels"] == 0 and result["largest_logit_difference"] < 1e-4
     batching.main(["--dataset_dir", str(small_data), "--model_name", str(tiny_model)])
     assert json.loads(capsys.readouterr().out)["sorted_over_random"] > 0
+
+
+def test_many_labels_benchmark(tmp_path, monkeypatch):
+    import many_labels
+
+    def in_this_process(path, *flags):
+        importlib.import_module(path.stem).main([str(flag) for flag in flags])
+        if path.stem == "predict":
+            assert len((flags[3] / "output.txt").read_text("utf-8").splitlines()) == 51
+        return 2.0, 300.0
+
+    seconds, memory = many_labels.measured("-c", "import time; x = b'1' * 2**28; time.sleep(0.3)")
+    assert 0.3 < seconds < 30 and 256 < memory < 600
+    with pytest.raises(utils.UserError, match="ZeroDivisionError"):
+        many_labels.measured("-c", "1 / 0")
+    monkeypatch.setattr(many_labels, "measured", in_this_process)
+    assert list(many_labels.run_size(300, 50)) == [
+        ["300", "50", "train.py", "2", "25", "300", "0"],
+        ["300", "50", "evaluate.py", "2", "28", "300", "0"],
+        ["300", "50", "predict.py", "2", "25", "300", "0"],
+    ]
+    many_labels.make_set(tmp_path, 2000, 3000)
+    labels = utils.read_labels(tmp_path / "label.txt")
+    texts, label_ids = utils.read_examples(tmp_path / "train.txt", labels)
+    counts = Counter(i for ids in label_ids for i in ids)
+    assert len(texts) == 3000 and counts[0] > 5 * counts[20] > 0 and max(counts) > 1900
+    with pytest.raises(SystemExit):
+        many_labels.parse_args(["--sizes", "10x"])
 
 
 def test_data_quality_benchmarks(small_data, tiny_model, word_lists, tmp_path, capsys):

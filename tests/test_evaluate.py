@@ -1,6 +1,7 @@
 """analysis/evaluate.py: its log, its files and its thresholds, against scikit-learn."""
 
 import json
+import os
 import re
 import shutil
 
@@ -136,6 +137,24 @@ def test_json_report(run, truth, tmp_path):
             assert [c[key] for key in KEYS] == pytest.approx(row, rel=1e-15)
 
 
+def test_chunks_change_nothing(run, tmp_path, monkeypatch):
+    """With many labels few texts are held at a time; the files are the same."""
+    flags = ["--json_path", tmp_path / "r.json", "--report_path", tmp_path / "r.html"]
+    results, sizes, encode = [], [], utils.encode
+
+    def watched(texts, *rest):
+        sizes.append(len(texts))
+        return encode(texts, *rest)
+
+    monkeypatch.setattr(utils, "encode", watched)
+    for cells in (utils.CHUNK_CELLS, 20 * 7):
+        monkeypatch.setattr(utils, "CHUNK_CELLS", cells)
+        assert run("--tune_thresholds", *flags)[0] == 0
+        results.append([p.read_bytes() for p in sorted(tmp_path.iterdir()) if p.is_file()])
+    assert results[0] == results[1] and len(results[0]) == 3
+    assert sizes == [96, 41, *[7] * 13, 5, *[7] * 5, 6]
+
+
 # ------------------------------------------------------------------------------------ thresholds
 def f1s(decisions, targets):
     return [100 * figures(targets, decisions, average)[2] for average in ("micro", "macro")]
@@ -225,6 +244,17 @@ FAULTS = {
 }
 if not paddle.is_compiled_with_cuda():
     FAULTS["gpu on a CPU build"] = {}, ["--device", "gpu"], "--device gpu: "
+
+
+@pytest.mark.parametrize("flags", [["--tune_thresholds"], ["--report_path", "r.html"]])
+def test_a_dev_set_that_is_too_large_to_keep(run, monkeypatch, tmp_path, flags):
+    monkeypatch.chdir(tmp_path)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    monkeypatch.setattr(evaluate, "CELL_BYTES", 1 + memory // (2 * 41 * 20))
+    status, _, error = run(*flags)
+    assert status == 2 and "bytes x 41 texts x 20 labels" in error.splitlines()[-1]
+    assert list(tmp_path.iterdir()) == []
+    assert run("--skip_train")[0] == 0  # which keeps nothing
 
 
 @pytest.mark.parametrize("fault", FAULTS)

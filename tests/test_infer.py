@@ -88,7 +88,7 @@ def test_small_chunks_and_a_pipe_change_nothing(bundle, data, tmp_path, monkeypa
     command = [sys.executable, INFER, *argv(bundle, data, "--data_file", "/dev/stdin")]
     command += ["--output_file", tmp_path / "pipe.txt"]
     subprocess.run(command, input=(data / "data.txt").read_bytes(), check=True)
-    monkeypatch.setattr(utils, "CHUNK", 7)
+    monkeypatch.setattr(utils, "CHUNK_CELLS", 7 * 20)
     infer.main(argv(bundle, data, "--output_file", tmp_path / "parts.txt"))
     for name in ("pipe.txt", "parts.txt"):
         assert (tmp_path / name).read_bytes() == (tmp_path / "whole.txt").read_bytes()

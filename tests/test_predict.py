@@ -121,6 +121,11 @@ def test_chunks_and_batches_change_nothing(run, monkeypatch):
     monkeypatch.setattr(utils, "encode", watched)
     assert run(DEV_TEXTS[:50], "--batch_size", "3") == whole
     assert [size for size, _ in encoded] == [8] * 6 + [2]
+    # Many labels make the chunks smaller: 5 texts x 20 labels.
+    monkeypatch.setattr(utils, "CHUNK_CELLS", 119)
+    assert run(DEV_TEXTS[:50]) == whole
+    assert [size for size, _ in encoded[7:]] == [5] * 10
+    del encoded[7:]
     assert all(n <= 8 * i + 2 for i, (_, n) in enumerate(encoded, 1))  # 2: it looks ahead
 
 
@@ -290,8 +295,7 @@ def test_old_output_stays(folder, run_cli, monkeypatch, fault):
 # ---------------------------------------------------------------------------------- several ranks
 @pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("lines", [1, 3, 4, 6, 7, 9, 18, 20])
-def test_parts_are_merged_in_order(tmp_path, monkeypatch, world, lines):
-    monkeypatch.setattr(utils, "CHUNK", 3)
+def test_parts_are_merged_in_order(tmp_path, world, lines):
     parts = [open(tmp_path / str(rank), "w+", encoding="utf-8") for rank in range(world)]
     parts[0].write("header\n")
     for number, chunk in enumerate(utils.chunks(range(lines), 3)):
@@ -299,7 +303,7 @@ def test_parts_are_merged_in_order(tmp_path, monkeypatch, world, lines):
     for part in parts:
         part.close()
     with open(tmp_path / "merged", "w", encoding="utf-8", newline="\n") as file:
-        predict.merge_parts(file, [part.name for part in parts], header_lines=1)
+        predict.merge_parts(file, [part.name for part in parts], 3, header_lines=1)
     merged = (tmp_path / "merged").read_bytes().decode().split("\n")
     assert merged == ["header", *(f"{i}\u2028\r" for i in range(lines)), ""]
 

@@ -92,10 +92,10 @@ def perf(predictor, texts, label_ids):
     for _ in itertools.islice(warm_up, WARM_UP):
         pass
     num_labels = len(predictor.info.labels)
-    logits = utils.logits_of(timed_forward, encoded, predictor.batch_size, num_labels)
-    decisions = metric.decode(metric.probabilities(logits), predictor.info.thresholds)
     counts = metric.MultiLabelCounts(num_labels)
-    counts.update(decisions, utils.multi_hot(label_ids, num_labels))
+    for _, index, logits in utils.run_batches(timed_forward, encoded, predictor.batch_size):
+        decisions = metric.decode(metric.probabilities(logits), predictor.info.thresholds)
+        counts.update(decisions, utils.multi_hot([label_ids[i] for i in index], num_labels))
     total = sum(seconds)
     p50, p99 = 1000 * np.percentile(seconds, [50, 99])
     return {
@@ -123,7 +123,7 @@ def print_perf(result, batch_size):
 def predict(predictor, texts):
     """Yields (texts, label names, probabilities) of one chunk after the other."""
     total = total_cut = 0
-    for chunk in utils.chunks(texts, utils.CHUNK):
+    for chunk in utils.chunks(texts, utils.chunk_size(len(predictor.info.labels))):
         encoded, cut = predictor.encode(chunk)
         total, total_cut = total + len(chunk), total_cut + cut
         yield chunk, *predictor.decode(predictor.logits(encoded))
