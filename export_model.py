@@ -11,6 +11,7 @@ import zlib  # noqa: F401  libpaddle exports zlib symbols of its own; loaded aft
 import itertools
 import json
 import os
+import re
 import sys
 from fractions import Fraction
 from pathlib import Path
@@ -18,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import paddle
 import paddle.inference
+import safetensors
 from paddlenlp import transformers
 from paddlenlp.utils.log import logger as paddlenlp_logger
 
@@ -25,6 +27,34 @@ import utils
 from utils import CONFIG_FILE, WEIGHTS_FILE, UserError, load_weights, logger, read_json
 
 MODEL_CLASSES = {"ernie": "Ernie", "bert": "Bert"}  # model_type: prefix of PaddleNLP's classes
+MODEL_NAMES = [
+    *(f"ernie-3.0-{size}-zh" for size in ("xbase", "base", "medium", "micro", "mini", "nano")),
+    "ernie-2.0-base-en",
+    "ernie-2.0-large-en",
+]
+# What Hugging Face's config.json may say of a model that PaddleNLP computes in the same way.
+ACTIVATIONS = {name: name for name in ("gelu", "relu", "silu")} | {"gelu_python": "gelu"}
+# Settings that change the type or number of a model's results.
+PLAIN = dict.fromkeys(
+    ("return_dict", "use_cache", "output_hidden_states", "output_attentions"), False
+)
+# PaddleNLP's parameter names and Hugging Face's, as far as they differ.
+HUGGING_FACE = {
+    "embeddings.layer_norm": "embeddings.LayerNorm",
+    "encoder.layers": "encoder.layer",
+    "self_attn.q_proj": "attention.self.query",
+    "self_attn.k_proj": "attention.self.key",
+    "self_attn.v_proj": "attention.self.value",
+    "self_attn.out_proj": "attention.output.dense",
+    "norm1": "attention.output.LayerNorm",
+    "linear1": "intermediate.dense",
+    "linear2": "output.dense",
+    "norm2": "output.LayerNorm",
+}
+# Parts of Hugging Face's encoders that hold no weights, or none that this model uses.
+UNUSED = re.compile(r"embeddings\.(position_ids|token_type_ids|task_type_embeddings\.weight)")
+SAFETENSORS = "model.safetensors"
+FLOATS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}  # NumPy has no bfloat16
 PREFIX = "float32"  # name of the static graph's files in a bundle
 MAX_DIFFERENCE = 1e-4  # of a logit, between the trained model and what is exported
 CHECK_TEXTS, CHECK_BATCH = 64, 16
@@ -125,22 +155,37 @@ def static_forward(prefix):
 def build_model(folder, num_labels):
     """An untrained classifier of the architecture that `folder`/config.json describes."""
     path = Path(folder) / CONFIG_FILE
-    model_type = read_json(path).get("model_type")
-    if model_type not in MODEL_CLASSES:
-        known = ", ".join(MODEL_CLASSES)
-        raise UserError(f"{path}: model_type '{model_type}' is not supported; use one of {known}")
+    description = read_json(path)
+    model_type = description.get("model_type")
+    check_support(path, "model_type", model_type, MODEL_CLASSES)
+    check_support(
+        path, "hidden_act", activation := description.get("hidden_act", "gelu"), ACTIVATIONS
+    )
+    positions = description.get("position_embedding_type", "absolute")
+    check_support(path, "position_embedding_type", positions, ["absolute"])
+    check_support(path, "pad_token_id", description.get("pad_token_id", 0), [0])  # see utils.pad
     prefix = MODEL_CLASSES[model_type]
     config_class = getattr(transformers, f"{prefix}Config")
     model_class = getattr(transformers, f"{prefix}ForSequenceClassification")
     try:
         # An absolute path keeps PaddleNLP from taking a folder for a name to download.
         config = config_class.from_pretrained(os.path.abspath(folder), num_labels=num_labels)
+        vars(config).update(PLAIN, hidden_act=ACTIVATIONS[activation], dtype="float32")
         model = model_class(config)
-        if width_mult := read_json(path).get("width_mult"):  # written by prune.py
+        for layer in model.sublayers():
+            if isinstance(layer, paddle.nn.LayerNorm):  # PaddleNLP's ERNIE always takes 1e-12
+                layer._epsilon = config.layer_norm_eps
+        if width_mult := description.get("width_mult"):  # written by prune.py
             cut_model(model, Fraction(width_mult))
         return model
-    except (AssertionError, TypeError, ValueError) as error:
+    except (AssertionError, AttributeError, TypeError, ValueError) as error:
         raise UserError(f"{path}: no valid model description ({error})") from error
+
+
+def check_support(path, name, value, supported):
+    if value not in [*supported]:
+        known = ", ".join(map(str, supported))
+        raise UserError(f"{path}: {name} {value!r} is not supported; use one of {known}")
 
 
 def cut_model(model, width_mult):
@@ -181,6 +226,119 @@ def load_checkpoint(params_path):
     set_weights(model, load_weights(weights_file), weights_file)
     model.eval()
     return model, info
+
+
+def load_pretrained(name, labels, work_dir):
+    """Returns (model, folder with its tokenizer files) for a local folder or a PaddleNLP name.
+
+    The classifier is new unless a local folder was trained with the very same labels.
+    """
+    if Path(name).is_dir():
+        return load_folder(Path(name), labels), Path(name)
+    if name not in MODEL_NAMES:
+        raise UserError(
+            f"--model_name {name}: neither a folder nor one of {', '.join(MODEL_NAMES)}"
+        )
+    try:
+        auto = transformers.AutoModelForSequenceClassification
+        model = auto.from_pretrained(name, num_labels=len(labels))
+        transformers.AutoTokenizer.from_pretrained(name).save_pretrained(str(work_dir))
+    except Exception as error:  # PaddleNLP raises OSError, RuntimeError, requests' errors ...
+        raise UserError(
+            f"--model_name {name}: cannot be downloaded ({type(error).__name__}); without network "
+            f"give a local folder with {CONFIG_FILE}, vocab.txt and {WEIGHTS_FILE} or {SAFETENSORS}"
+        ) from error
+    return model, work_dir
+
+
+def load_folder(folder, labels):
+    """A classifier with the weights of a local folder, in PaddleNLP's or Hugging Face's format."""
+    model = build_model(folder, len(labels))
+    path, encoder = folder / WEIGHTS_FILE, model.base_model_prefix + "."
+    if path.exists():
+        weights = load_weights(path)
+        if not any(key.startswith(encoder) for key in weights):  # saved from the bare encoder
+            weights = {encoder + key: value for key, value in weights.items()}
+    else:
+        path = folder / SAFETENSORS
+        weights = from_hugging_face(read_safetensors(folder), model, path)
+    names = read_json(folder / CONFIG_FILE).get("id2label") or {}
+    same_labels = [names[i] for i in sorted(names, key=int)] == labels
+    new = model.state_dict()
+    used = {k: v.numpy() for k, v in new.items() if not k.startswith(encoder)}
+    kept = [k for k in weights if k in new and (k.startswith(encoder) or same_labels)]
+    used.update({k: weights[k] for k in kept})
+    set_weights(model, used, path)
+    return model
+
+
+def read_safetensors(folder):
+    """{parameter name: float32 array} of the safetensors files in a folder, one or several."""
+    index, files = folder / f"{SAFETENSORS}.index.json", [folder / SAFETENSORS]
+    if index.exists():
+        files = [
+            folder / str(name)
+            for name in sorted({*read_json(index).get("weight_map", {}).values()})
+        ]
+    elif not files[0].exists():
+        if pickles := sorted(folder.glob("pytorch_model*.bin")):
+            raise UserError(
+                f"{pickles[0]}: a pickle, which can run any code when it is read; convert it to "
+                f"{SAFETENSORS} where you trust it (see README.md) or download that file"
+            )
+        raise UserError(f"{folder}: neither {WEIGHTS_FILE} nor {SAFETENSORS}; no model folder")
+    arrays = {}
+    for path in files:
+        try:
+            with utils.open_binary(path) as file:
+                tensors = safetensors.deserialize(file.read())
+        except safetensors.SafetensorError as error:
+            raise UserError(f"{path}: broken weights file ({error})") from error
+        for name, tensor in tensors:
+            if tensor["dtype"] in FLOATS:  # others are no weights, such as position_ids
+                array = np.frombuffer(tensor["data"], FLOATS[tensor["dtype"]])
+                if tensor["dtype"] == "BF16":  # the upper half of a float32
+                    array = (array.astype("<u4") << 16).view("<f4")
+                arrays[name] = array.astype(np.float32).reshape(tensor["shape"])
+    return arrays
+
+
+def from_hugging_face(arrays, model, path):
+    """{parameter name: array} for the model from arrays under Hugging Face's names.
+
+    Raises UserError if the encoder lacks a parameter or has one that the model does not know; a
+    pooler may be missing, and whatever belongs to other heads is left out.
+    """
+    prefix = re.compile(r"^(module\.)?((bert|ernie)\.)?")
+    old = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+    arrays = {rename(prefix.sub("", key), old): array for key, array in arrays.items()}
+    no_pooler = not any(key.startswith("pooler.") for key in arrays)
+    if no_pooler:
+        logger.warning("%s has no pooler; it starts from random weights", path)
+    weights = {}
+    for name, value in model.state_dict().items():
+        own = name.removeprefix(model.base_model_prefix + ".")
+        theirs = rename(own, HUGGING_FACE)
+        if theirs in arrays:
+            array = arrays.pop(theirs)
+            is_linear = array.ndim == 2 and "embeddings" not in theirs
+            weights[name] = array.T if is_linear else array
+        elif no_pooler and own.startswith("pooler."):
+            weights[name] = value.numpy()
+        elif own != name:  # all but the classifier
+            raise UserError(
+                f"{path}: no parameter {theirs}, which {CONFIG_FILE} beside it asks for"
+            )
+    for key in arrays:
+        if key.startswith(("embeddings.", "encoder.")) and not UNUSED.fullmatch(key):
+            raise UserError(f"{path}: {key} is no part of the model that {CONFIG_FILE} describes")
+    return weights
+
+
+def rename(key, names):
+    for old, new in names.items():
+        key = key.replace(old, new)
+    return key
 
 
 # -------------------------------------------------------------------------------------- export

@@ -29,15 +29,10 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 import metric
 import utils
-from export_model import build_model, dygraph_forward, set_device, set_weights
+from export_model import MODEL_NAMES, dygraph_forward, load_pretrained, set_device, set_weights
 from predict import all_reduce
 from utils import UserError, at_least, logger
 
-MODEL_NAMES = [
-    *(f"ernie-3.0-{size}-zh" for size in ("xbase", "base", "medium", "micro", "mini", "nano")),
-    "ernie-2.0-base-en",
-    "ernie-2.0-large-en",
-]
 STATE_FILE = "training_state.pdparams"  # everything --resume needs; removed when the run is done
 LOG_FILE = "train_log.jsonl"
 # How the log names what --metric_for_best can be.
@@ -57,7 +52,8 @@ def parse_args(argv=None):
     add("--label_file", default="label.txt", help="label names, one per line")
     add = parser.add_argument_group("model").add_argument
     names = ", ".join(MODEL_NAMES)
-    add("--model_name", default="ernie-3.0-medium-zh", help=f"a local model folder or {names}")
+    local = "a local folder in PaddleNLP's or Hugging Face's (safetensors) format,"
+    add("--model_name", default="ernie-3.0-medium-zh", help=f"{local} or {names}")
     add("--max_seq_length", type=at_least(3), default=128, help="longest sequence in tokens")
     add("--dropout", type=at_least(0.0), help="dropout rate; None: the model's own")
     add("--init_from_ckpt", help="model_state.pdparams to start from; weights only")
@@ -98,45 +94,6 @@ def parse_args(argv=None):
 
 
 # --------------------------------------------------------------------------------------- model
-def load_pretrained(name, labels, work_dir):
-    """Returns (model, folder with its tokenizer files) for a local folder or a PaddleNLP name.
-
-    The classifier is new unless a local folder was trained with the very same labels.
-    """
-    if Path(name).is_dir():
-        return load_folder(Path(name), labels), Path(name)
-    if name not in MODEL_NAMES:
-        raise UserError(
-            f"--model_name {name}: neither a folder nor one of {', '.join(MODEL_NAMES)}"
-        )
-    try:
-        auto = transformers.AutoModelForSequenceClassification
-        model = auto.from_pretrained(name, num_labels=len(labels))
-        transformers.AutoTokenizer.from_pretrained(name).save_pretrained(str(work_dir))
-    except Exception as error:  # PaddleNLP raises OSError, RuntimeError, requests' errors ...
-        raise UserError(
-            f"--model_name {name}: cannot be downloaded ({type(error).__name__}); without network "
-            "give a local folder with config.json, model_state.pdparams and vocab.txt"
-        ) from error
-    return model, work_dir
-
-
-def load_folder(folder, labels):
-    model = build_model(folder, len(labels))
-    weights = utils.load_weights(folder / utils.WEIGHTS_FILE)
-    encoder = model.base_model_prefix + "."
-    if not any(key.startswith(encoder) for key in weights):  # saved from the bare encoder
-        weights = {encoder + key: value for key, value in weights.items()}
-    names = utils.read_json(folder / utils.CONFIG_FILE).get("id2label", {})
-    same_labels = [names[i] for i in sorted(names, key=int)] == labels
-    new = model.state_dict()
-    used = {k: v.numpy() for k, v in new.items() if not k.startswith(encoder)}
-    kept = [k for k in weights if k in new and (k.startswith(encoder) or same_labels)]
-    used.update({k: weights[k] for k in kept})
-    set_weights(model, used, folder / utils.WEIGHTS_FILE)
-    return model
-
-
 def set_dropout(model, rate):
     for layer in model.sublayers(include_self=True):
         if isinstance(layer, paddle.nn.Dropout):

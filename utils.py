@@ -280,36 +280,55 @@ def multi_hot(label_ids, num_labels):
 
 
 # -------------------------------------------------------------------------------------- encode
-# PaddleNLP's BERT-style tokenizers make every symbol a token of its own, BERT's do not.
+# ERNIE's tokenizer makes every symbol a token of its own, BERT's does not.
 _SYMBOLS = Regex(r"[\p{S}\u00B2\u00B5\u00BA\u00D8\u014B\u01B1\u3007]")
 
 
-def load_tokenizer(folder, model_folder=None):
-    """The tokenizer of a model folder; gives the same token ids as PaddleNLP's, faster.
-
-    model_folder: where config.json is, if not beside the tokenizer. Raises UserError if vocab.txt
-    is missing or does not fit the model.
-    """
-    path = Path(folder) / "vocab.txt"
-    configs = Path(model_folder or folder) / CONFIG_FILE, Path(folder) / "tokenizer_config.json"
+def read_vocab(folder):
+    """{token: id} of vocab.txt or, where that is missing, of Hugging Face's tokenizer.json."""
+    path, other = Path(folder) / "vocab.txt", Path(folder) / "tokenizer.json"
+    if other.exists() and not path.exists():
+        model = read_json(other).get("model")
+        vocab = model.get("vocab") if isinstance(model, dict) else None
+        if isinstance(vocab, dict) and sorted(vocab.values()) == list(range(len(vocab))):
+            return vocab
+        raise UserError(f"{other}: holds no BERT-style vocabulary; put vocab.txt beside it")
     lines = Lines(path)
     vocab = {token: lines.number - 1 for token in lines}
     lines.check()
+    return vocab
+
+
+def load_tokenizer(folder, model_folder=None):
+    """The tokenizer of a model folder: for ERNIE the same token ids as PaddleNLP's, for BERT as
+    Hugging Face's.
+
+    model_folder: where config.json is, if not beside the tokenizer. Raises UserError if the
+    vocabulary is missing or does not fit the model.
+    """
+    path = Path(folder) / "vocab.txt"
+    configs = Path(model_folder or folder) / CONFIG_FILE, Path(folder) / "tokenizer_config.json"
+    vocab = read_vocab(folder)
     missing = [token for token in SPECIAL_TOKENS if token not in vocab]
     if missing:
         raise UserError(f"{path}: {', '.join(missing)} missing; not a BERT-style vocabulary")
     if vocab["[PAD]"] != 0:  # the models mask what has id 0
         raise UserError(f"{path}: [PAD] must be the first line")
     model, config = (read_json(file) if file.exists() else {} for file in configs)
-    size = model.get("vocab_size", lines.number)
-    if lines.number > size:
-        raise UserError(f"{path}: {lines.number} tokens, the model has {size}; not its vocabulary")
-    lower = config.get("do_lower_case", True)
+    number = max(vocab.values()) + 1
+    size = model.get("vocab_size", number)
+    if number > size:
+        raise UserError(f"{path}: {number} tokens, the model has {size}; not its vocabulary")
     tokenizer = Tokenizer(WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=100))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lower, strip_accents=None)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(_SYMBOLS, "isolated"), pre_tokenizers.BertPreTokenizer()]
-    )
+    rule = {"lowercase": config.get("do_lower_case", True), "strip_accents": None}
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    if model.get("model_type") == "bert":
+        rule["strip_accents"] = config.get("strip_accents")
+        rule["handle_chinese_chars"] = config.get("tokenize_chinese_chars", True)
+    else:
+        split = pre_tokenizers.Split(_SYMBOLS, "isolated")
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, tokenizer.pre_tokenizer])
+    tokenizer.normalizer = normalizers.BertNormalizer(**rule)
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
     return tokenizer
 
@@ -524,13 +543,21 @@ def save_weights(file, weights):
 
 
 def copy_tokenizer(source, target):
-    """Copies the tokenizer files of a model folder; writes the configuration if there is none."""
+    """Copies the tokenizer files of a model folder; writes those that others need but it lacks."""
+    source, target = Path(source), Path(target)
     for name in TOKENIZER_FILES:
-        if (Path(source) / name).exists():
-            shutil.copyfile(Path(source) / name, Path(target) / name)
-    config = Path(target) / "tokenizer_config.json"
-    if not config.exists():  # PaddleNLP cannot load the folder without
-        config.write_text('{"tokenizer_class": "ErnieTokenizer", "do_lower_case": true}\n')
+        if (source / name).exists():
+            shutil.copyfile(source / name, target / name)
+    if not (target / "vocab.txt").exists():  # of a Hugging Face folder
+        vocab = read_vocab(source)
+        text = "".join(f"{token}\n" for token in sorted(vocab, key=vocab.get))
+        (target / "vocab.txt").write_text(text, encoding="utf-8")
+    if not (target / "tokenizer_config.json").exists():  # PaddleNLP cannot load it without
+        config = source / CONFIG_FILE
+        kind = read_json(config).get("model_type") if config.exists() else None
+        kind = "BertTokenizer" if kind == "bert" else "ErnieTokenizer"
+        text = json.dumps({"tokenizer_class": kind, "do_lower_case": True})
+        (target / "tokenizer_config.json").write_text(text + "\n")
 
 
 # ------------------------------------------------------------------------------------------ save

@@ -52,7 +52,7 @@ def random_bundle(args, folder):
     vocab = vocab or ["--dataset_dir", args.dataset_dir]
     init_model.main(["--output_dir", str(model_dir), "--shape", args.shape, *vocab])
     labels = utils.read_labels(Path(args.dataset_dir) / "label.txt")
-    model = train.load_folder(model_dir, labels)
+    model = export_model.load_folder(model_dir, labels)
     model.config.id2label = dict(enumerate(labels))
     model.config.max_seq_length = args.max_seq_length
     train.save_model(checkpoint, model, model_dir)

@@ -72,11 +72,11 @@ def test_the_sample_is_not_copied_from_the_real_set(shared):
 def test_initial_model_loads_in_paddlenlp_and_in_train(tiny_model, tmp_path):
     from paddlenlp.transformers import ErnieForSequenceClassification
 
-    import train
+    import export_model
 
     written = utils.load_weights(tiny_model / utils.WEIGHTS_FILE)
     theirs = ErnieForSequenceClassification.from_pretrained(str(tiny_model), num_labels=20)
-    ours, folder = train.load_pretrained(str(tiny_model), list(make_sample.LABELS), tmp_path)
+    ours, folder = export_model.load_pretrained(str(tiny_model), list(make_sample.LABELS), tmp_path)
     assert folder == tiny_model
     for model in (theirs, ours):
         state = {name: value.numpy() for name, value in model.state_dict().items()}
