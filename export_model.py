@@ -3,7 +3,7 @@
     python export_model.py --params_path ./checkpoint --output_path ./export
 
 writes float32.pdmodel, .pdiparams and .pdiparams.info (inputs input_ids and token_type_ids, output
-logits) with the tokenizer and config.json (labels, length, thresholds) beside them; with --onnx
+logits) with the tokenizer and config.json (labels, length, decision rule) beside them; with --onnx
 also model.onnx. The result is compared with the trained model before the folder appears.
 """
 
@@ -70,6 +70,7 @@ def parse_args(argv=None):
     add("--onnx", action="store_true", help="also write model.onnx, for hosts without Paddle")
     check = "texts, one per line, on which the export is compared with the trained model"
     add("--check_file", default=str(REPO / "data" / "data.txt"), help=check)
+    utils.add_limit_flags(add, "the checkpoint's")
     return parser.parse_args(argv)
 
 
@@ -417,9 +418,10 @@ def main(argv=None):
         raise UserError(f"--output_path {target} holds a checkpoint; give another folder")
     set_device("cpu")
     model, info = load_checkpoint(source)
+    info = info.with_limits(args.min_labels, args.max_labels)
     tokenizer = utils.load_tokenizer(source)
     encoded, _ = utils.encode(check_texts(args.check_file), tokenizer, info.max_seq_length)
-    config = read_json(source / CONFIG_FILE)
+    config = {**read_json(source / CONFIG_FILE), **info.limits}
     with utils.atomic_folder(target) as folder:
         expected = write_bundle(folder, model, config, source, encoded)
         if args.onnx:

@@ -1,13 +1,15 @@
 """Logits to labels, and how good the labels are.
 
 The decision rule of the whole project lives here: a label is given when its probability is strictly
-greater than its threshold, DEFAULT_THRESHOLD unless tuned. All figures come from running counts, so
-that memory does not grow with the data and several processes can add theirs together.
+greater than its threshold, DEFAULT_THRESHOLD unless tuned; on request a text also gets a least and
+a most number of labels. All figures come from running counts, so that memory does not grow with the
+data and several processes can add theirs together.
 """
 
 import numpy as np
 
 DEFAULT_THRESHOLD = 0.5
+BLOCK = 1 << 22  # probabilities that are put in order at a time
 
 
 def probabilities(logits):
@@ -15,11 +17,37 @@ def probabilities(logits):
     return 0.5 * (1.0 + np.tanh(0.5 * np.asarray(logits, dtype=np.float32)))
 
 
-def decode(probs, thresholds=None):
-    """Boolean decisions [batch, classes]: probability > threshold (scalar or [classes])."""
+def decode(probs, thresholds=None, min_labels=0, max_labels=None):
+    """Boolean decisions [batch, classes]: probability > threshold (scalar or [classes]).
+
+    A row with fewer than `min_labels` then gets the labels nearest to passing until it has so many;
+    of more than `max_labels` (None: any number) only the best stay. Labels are ordered by
+    probability minus threshold; of equal ones the one that comes first is the better.
+    """
     if thresholds is None:
         thresholds = DEFAULT_THRESHOLD
-    return np.asarray(probs) > np.asarray(thresholds, dtype=np.float32)
+    probs, thresholds = np.asarray(probs), np.asarray(thresholds, dtype=np.float32)
+    decisions = probs > thresholds
+    if min_labels == 0 and max_labels is None:
+        return decisions
+    counts = decisions.sum(axis=1)
+    wanted = np.clip(counts, min_labels, max_labels)
+    for number in np.unique(wanted[wanted != counts]):  # one limit or both
+        rows = np.flatnonzero((wanted == number) & (counts != number))
+        for block in np.array_split(rows, 1 + rows.size * probs.shape[1] // BLOCK):
+            # In float64 the difference of float32 numbers is exact: rounding makes no ties.
+            decisions[block] = _best(probs[block].astype(np.float64) - thresholds, number)
+    return decisions
+
+
+def _best(margins, number):
+    """Boolean [rows, classes]: the `number` greatest of each row, the first ones among equals."""
+    if number == 0:
+        return np.zeros(margins.shape, dtype=bool)
+    last = -np.partition(-margins, number - 1, axis=1)[:, number - 1 : number]
+    better, tied = margins > last, margins == last
+    room = number - better.sum(axis=1, keepdims=True)
+    return better | (tied & (np.cumsum(tied, axis=1) <= room))
 
 
 def label_names(decisions, labels):
@@ -137,12 +165,13 @@ def best_threshold(probs, targets):
     return float(candidates[nearest]), float(f1[nearest])
 
 
-def tune_thresholds(probs, targets, folds=5, seed=3):
+def tune_thresholds(probs, targets, folds=5, seed=3, **limits):
     """One threshold per class on all data, and what such thresholds give on unseen data.
 
     probs, targets: [samples, classes]. Each fold is decided with thresholds chosen on the
     others, so the returned counts are an out-of-sample estimate (Yang 2001, "A study of
-    thresholding strategies for text categorization", calls such thresholds SCut).
+    thresholding strategies for text categorization", calls such thresholds SCut). limits: the
+    min_labels and max_labels of these decisions; the choice itself is made per class, without them.
     Returns (thresholds [classes], MultiLabelCounts of the held-out decisions).
     Raises ValueError if there are fewer samples than folds.
     """
@@ -159,5 +188,5 @@ def tune_thresholds(probs, targets, folds=5, seed=3):
     held_out = MultiLabelCounts(targets.shape[1])
     for fold in range(folds):
         inside = fold_of == fold
-        held_out.update(decode(probs[inside], chosen[fold]), targets[inside])
+        held_out.update(decode(probs[inside], chosen[fold], **limits), targets[inside])
     return chosen[folds].tolist(), held_out

@@ -39,6 +39,7 @@ def parse_args(argv=None):
     add("--output_file", default="output.txt", help="result; JSON lines if it ends in .jsonl")
     add("--output_scores", action="store_true", help="also write every label's probability")
     utils.add_inference_flags(parser, "./checkpoint/")
+    utils.add_limit_flags(parser.add_argument_group("decision").add_argument, "the checkpoint's")
     return parser.parse_args(argv)
 
 
@@ -99,7 +100,7 @@ def main(argv=None):
     if world_size > 1:
         dist.init_parallel_env()
     forward, info = load_forward(args.params_path, args.device)
-    labels = info.labels
+    info, labels = info.with_limits(args.min_labels, args.max_labels), info.labels
     utils.check_labels(args.dataset_dir, args.label_file, labels)
     max_seq_length = args.max_seq_length or info.max_seq_length
     utils.check_length(max_seq_length, info.max_position)
@@ -121,7 +122,7 @@ def main(argv=None):
                 sizes += len(texts), cut
                 logits = utils.logits_of(forward, encoded, args.batch_size, len(labels))
                 probs = metric.probabilities(logits)
-                names = metric.label_names(metric.decode(probs, info.thresholds), labels)
+                names = metric.label_names(metric.decode(probs, **info.rule), labels)
                 scores = probs if args.output_scores else None
                 utils.write_rows(file, texts, names, labels, jsonl, scores)
         sizes = all_reduce(sizes)  # all parts are complete now

@@ -562,6 +562,7 @@ def run(args):
         model.config.label2id = {name: i for i, name in enumerate(labels)}
         model.config.max_seq_length = args.max_seq_length
         model.config.thresholds = None  # of another training, if the folder had any
+        model.config.min_labels, model.config.max_labels = 0, None
         tokenizer = utils.load_tokenizer(folder)
         ids, cut = utils.encode(texts, tokenizer, args.max_seq_length)
         dev_ids, dev_cut = utils.encode(dev_texts, tokenizer, args.max_seq_length)

@@ -21,7 +21,7 @@ import pickle
 import shutil
 import signal
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -115,6 +115,14 @@ def add_inference_flags(parser, params_path):
     add("--max_seq_length", type=at_least(3), help="longest sequence; None: the checkpoint's")
     add("--batch_size", type=at_least(1), default=32, help="texts per forward pass")
     add("--device", type=str.lower, default="gpu", help="cpu, gpu, gpu:0, xpu or npu")
+
+
+def add_limit_flags(add, source):
+    """The flags that bound the number of labels of a text; None takes the limit of `source`."""
+    least = f"a text with fewer labels gets those nearest to their thresholds; None: {source}"
+    most = f"a text with more labels keeps the best; None: {source}"
+    add("--min_labels", type=at_least(0), help=least)
+    add("--max_labels", type=at_least(0), help=most)
 
 
 # ---------------------------------------------------------------------------------------- read
@@ -418,6 +426,31 @@ class ModelInfo:
     max_position: int  # the longest sequence that the model can take
     thresholds: list | None  # one per label; None: metric.DEFAULT_THRESHOLD
     model_sha256: str | None = None  # of a bundle's static graph (see export_model.py)
+    min_labels: int = 0  # of a text
+    max_labels: int | None = None  # of a text; None: any number
+
+    def __post_init__(self):
+        least, most, number = self.min_labels, self.max_labels, len(self.labels)
+        if not 0 <= least <= (number if most is None else most) <= number:
+            raise UserError(
+                f"min_labels {least}, max_labels {most}: the model has {number} labels; give "
+                f"0 <= min_labels <= max_labels <= {number}"
+            )
+
+    @property
+    def limits(self):
+        """min_labels and max_labels as arguments of metric.decode."""
+        return {"min_labels": self.min_labels, "max_labels": self.max_labels}
+
+    @property
+    def rule(self):
+        """How this model decides, as arguments of metric.decode."""
+        return {"thresholds": self.thresholds, **self.limits}
+
+    def with_limits(self, min_labels, max_labels):
+        """The same with the limits that are given, not None. Raises UserError."""
+        given = {"min_labels": min_labels, "max_labels": max_labels}
+        return replace(self, **{name: n for name, n in given.items() if n is not None})
 
 
 def read_json(path):
@@ -446,12 +479,18 @@ def read_model_info(folder):
         if thresholds is not None:
             thresholds = [float(threshold) for threshold in thresholds]
         lengths = int(config["max_seq_length"]), int(config["max_position_embeddings"])
+        limits = config.get("min_labels") or 0, config.get("max_labels")
+        if not {type(limit) for limit in limits} <= {int, type(None)}:
+            raise TypeError("min_labels or max_labels")
     except (KeyError, TypeError, ValueError) as error:
         hint = "was the model made by train.py?"
         raise UserError(f"{path}: {error!r} missing or malformed; {hint}") from error
     if thresholds is not None and len(thresholds) != len(labels):
         raise UserError(f"{path}: {len(thresholds)} thresholds for {len(labels)} labels")
-    return ModelInfo(labels, *lengths, thresholds, config.get("model_sha256"))
+    try:
+        return ModelInfo(labels, *lengths, thresholds, config.get("model_sha256"), *limits)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 def sha256(*paths):

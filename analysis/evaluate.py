@@ -31,6 +31,7 @@ def parse_args(argv=None):
     add("--label_file", help="checked against the checkpoint; None: label.txt if it exists")
     add("--skip_train", action="store_true", help="do not evaluate the training set")
     utils.add_inference_flags(parser, "../checkpoint/")
+    utils.add_limit_flags(parser.add_argument_group("decision").add_argument, "the checkpoint's")
     add = parser.add_argument_group("output").add_argument
     add("--bad_case_path", default="./bad_case.txt", help="dev texts that are labelled wrongly")
     add("--json_path", help="write all figures there as JSON")
@@ -114,7 +115,7 @@ def evaluate(args, model, name, examples, file=None, kept=None):
         encoded, cut = utils.encode(texts, tokenizer, max_seq_length)
         logits = utils.logits_of(forward, encoded, args.batch_size, num_labels, name)
         probs, targets = metric.probabilities(logits), utils.multi_hot(label_ids, num_labels)
-        decisions = metric.decode(probs, info.thresholds)
+        decisions = metric.decode(probs, **info.rule)
         counts.update(decisions, targets)
         total_cut += cut
         if file is None:
@@ -124,18 +125,19 @@ def evaluate(args, model, name, examples, file=None, kept=None):
         if kept:
             kept.probs[rows], kept.targets[rows] = probs, targets
             kept.predicted += predicted
-            kept.untuned.update(metric.decode(probs), targets)
+            kept.untuned.update(metric.decode(probs, **info.limits), targets)
     utils.warn_truncated(total_cut, len(examples[0]), max_seq_length)
     return counts.report(info.labels)
 
 
-def write_page(args, thresholds, reports, texts, label_ids, kept):
+def write_page(args, info, reports, texts, label_ids, kept):
     """The HTML page of the dev set."""
     import report  # scikit-learn takes a second to import
 
     rule = f"probability > {metric.DEFAULT_THRESHOLD} (default)"
-    if thresholds is not None:
+    if info.thresholds is not None:
         rule = "probability > the label's tuned threshold (on the set they come from: optimistic)"
+    rule += "".join(f"; {name} {value}" for name, value in info.limits.items() if value)
     about = {
         "Set": str(Path(args.dataset_dir) / args.dev_file),
         "Checkpoint": args.params_path,
@@ -145,8 +147,8 @@ def write_page(args, thresholds, reports, texts, label_ids, kept):
     }
     if "tuned" in reports:
         reports = {**reports, "out_of_sample": reports["tuned"]["out_of_sample"]}
-    limits = thresholds or [metric.DEFAULT_THRESHOLD] * kept.probs.shape[1]
-    page = report.render(about, reports, texts, label_ids, kept.predicted, kept.probs, limits)
+    thresholds = info.thresholds or [metric.DEFAULT_THRESHOLD] * kept.probs.shape[1]
+    page = report.render(about, reports, texts, label_ids, kept.predicted, kept.probs, thresholds)
     with utils.atomic_file(args.report_path) as file:
         file.write(page)
 
@@ -163,7 +165,7 @@ def main(argv=None):
     if args.save_thresholds and not args.tune_thresholds:
         raise UserError("--save_thresholds needs --tune_thresholds")
     data = Path(args.dataset_dir)
-    info = utils.read_model_info(args.params_path)
+    info = utils.read_model_info(args.params_path).with_limits(args.min_labels, args.max_labels)
     utils.check_labels(data, args.label_file, info.labels)
     max_seq_length = args.max_seq_length or info.max_seq_length
     utils.check_length(max_seq_length, info.max_position)
@@ -181,7 +183,7 @@ def main(argv=None):
     kept = None
     if args.tune_thresholds or args.report_path:
         kept = new_kept(len(examples["dev"][0]), len(info.labels))
-    forward, info = load_forward(args.params_path, args.device)
+    forward, _ = load_forward(args.params_path, args.device)
     if info.thresholds is not None:
         logger.warning("The thresholds are tuned: figures on the set they come from are optimistic")
     model = forward, info, utils.load_tokenizer(args.params_path), max_seq_length
@@ -195,20 +197,21 @@ def main(argv=None):
     log_report(reports["dev"], reports.get("train"))
     logger.info("Bad case in dev dataset saved in %s", args.bad_case_path)
     if args.tune_thresholds:
-        reports["tuned"] = tune(args, kept, info.labels)
+        reports["tuned"] = tune(args, kept, info)
     if args.json_path:
         with utils.atomic_file(args.json_path) as file:
             json.dump(reports, file, ensure_ascii=False, indent=2)
             file.write("\n")
         logger.info("Report saved in %s", args.json_path)
     if args.report_path:
-        write_page(args, info.thresholds, reports, *examples["dev"], kept)
+        write_page(args, info, reports, *examples["dev"], kept)
         logger.info("Page saved in %s; open it in a browser", args.report_path)
 
 
-def tune(args, kept, labels):
+def tune(args, kept, info):
     """Logs what tuned thresholds give on held-out folds; stores them in the checkpoint if asked."""
-    thresholds, held_out = metric.tune_thresholds(kept.probs, kept.targets, FOLDS)
+    labels, limits = info.labels, info.limits
+    thresholds, held_out = metric.tune_thresholds(kept.probs, kept.targets, FOLDS, **limits)
     before, after = kept.untuned.report(labels), held_out.report(labels)
     logger.info(
         "Tuned thresholds, out of sample (%d-fold cross-validation on dev): "

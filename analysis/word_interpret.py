@@ -85,7 +85,7 @@ class WordInterpreter:
         input_ids, words, word_of = self._encode(text)
         probs = metric.probabilities(self.forward(**utils.pad([input_ids])))[0]
         if labels is None:
-            ids = np.flatnonzero(metric.decode(probs, self.info.thresholds)).tolist()
+            ids = np.flatnonzero(metric.decode(probs[None], **self.info.rule)).tolist()
             ids = ids or [int(probs.argmax())]
         else:
             unknown = [label for label in labels if label not in self.info.labels]

@@ -63,7 +63,7 @@ def main(argv=None):
         predictor = sides[prefix, precision]
         counts = metric.MultiLabelCounts(len(labels))
         probs = metric.probabilities(logits[prefix, precision])
-        counts.update(metric.decode(probs, predictor.info.thresholds), targets)
+        counts.update(metric.decode(probs, **predictor.info.rule), targets)
         file = Path(prefix).parent / utils.ONNX_FILES[precision]
         row = {
             "bundle": str(prefix),

@@ -96,8 +96,8 @@ def main(argv=None):
             run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             count, seconds = json.loads(run.stdout.splitlines()[-1])
             speed[side], logits[side] = count / seconds, np.load(path)
-    thresholds = utils.read_model_info(args.params_path).thresholds
-    decisions = {s: metric.decode(metric.probabilities(logits[s]), thresholds) for s in SIDES}
+    rule = utils.read_model_info(args.params_path).rule
+    decisions = {s: metric.decode(metric.probabilities(logits[s]), **rule) for s in SIDES}
     differ = (decisions["plain"] != decisions["pipeline"]).any(axis=1)
     result = {
         **{f"{side}_texts_per_second": round(value, 1) for side, value in speed.items()},

@@ -2,8 +2,10 @@
 
 import zlib  # noqa: F401  before anything loads paddle, see platform notes in train.py
 import importlib.util
+import json
 import os
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -122,6 +124,43 @@ def bundle(checkpoint, tmp_path_factory):
     folder = tmp_path_factory.mktemp("exported") / "export"
     export_model.main(["--params_path", str(checkpoint), "--output_path", str(folder), "--onnx"])
     return folder
+
+
+@pytest.fixture(scope="session")
+def limited(checkpoint, bundle, tmp_path_factory):
+    """Tuned thresholds and one or two labels a text: (checkpoint, bundle, texts, label names).
+
+    The checkpoint has the thresholds only, the bundle the limits as well. The labels are found text
+    by text in another way than metric.decode's; texts on the edge of another answer are left out.
+    """
+    import export_model
+    import metric
+
+    labels = utils.read_labels(SAMPLE / "label.txt")
+    texts, label_ids = utils.read_examples(SAMPLE / "dev.txt", labels)
+    model, info = export_model.load_checkpoint(checkpoint)
+    encoded, _ = utils.encode(texts, utils.load_tokenizer(checkpoint), info.max_seq_length)
+    probs = metric.probabilities(
+        utils.logits_of(export_model.dygraph_forward(model), encoded, 32, len(labels))
+    )
+    thresholds, _ = metric.tune_thresholds(probs, utils.multi_hot(label_ids, len(labels)))
+    kept, names, passing = [], [], set()
+    for text, row in zip(texts, probs.tolist()):
+        margins = sorted(((p - t, -i) for i, (p, t) in enumerate(zip(row, thresholds))))[::-1]
+        count = sum(margin > 0 for margin, _ in margins)
+        number = min(max(count, 1), 2)
+        if margins[number - 1][0] - margins[number][0] > 1e-4 < min(abs(m) for m, _ in margins):
+            kept.append(text)
+            names.append([labels[i] for i in sorted(-i for _, i in margins[:number])])
+            passing.add(count)
+    assert len(kept) > 300 and {0, 1, 2, 3} <= passing
+    folder = tmp_path_factory.mktemp("limited")
+    limits = {"min_labels": 1, "max_labels": 2}
+    for source, name, more in ((checkpoint, "checkpoint", {}), (bundle, "bundle", limits)):
+        path = shutil.copytree(source, folder / name) / utils.CONFIG_FILE
+        config = {**utils.read_json(path), "thresholds": thresholds, **more}
+        path.write_text(json.dumps(config), encoding="utf-8")
+    return folder / "checkpoint", folder / "bundle", kept, names
 
 
 @pytest.fixture

@@ -211,6 +211,25 @@ def test_tuned_thresholds(run, checkpoint, tmp_path):
     assert [100 * dev[avg]["f1"] for avg in ("micro", "macro")] == pytest.approx(in_sample)
 
 
+def test_least_and_most_labels(run, limited, tmp_path):
+    """Where the answers of the rule are the gold labels, nothing is wrong but without the rule."""
+    checkpoint, _, texts, expected = limited
+    (tmp_path / "data").mkdir()
+    lines = [f"{text}\t{','.join(names)}\n" for text, names in zip(texts, expected)]
+    (tmp_path / "data" / "dev.txt").write_text("".join(lines), encoding="utf-8")
+    paths = {"dataset_dir": tmp_path / "data", "params_path": checkpoint}
+    flags = ["--skip_train", "--json_path", tmp_path / "r.json"]
+    accuracy = []
+    for limits in ([], ["--min_labels", 1, "--max_labels", 2]):
+        assert run(*flags, *limits, **paths)[0] == 0
+        report = json.loads((tmp_path / "r.json").read_text("utf-8"))
+        accuracy.append(report["dev"]["subset_accuracy"])
+    assert accuracy[0] < 0.99 and accuracy[1] == 1
+    run(*flags, "--min_labels", 1, "--max_labels", 1, "--tune_thresholds", **paths)
+    tuned = json.loads((tmp_path / "r.json").read_text("utf-8"))["tuned"]["out_of_sample"]
+    assert sum(c["predicted"] for c in tuned["classes"]) == tuned["samples"] == len(texts)
+
+
 def test_stored_thresholds_stay_between_0_and_1(tmp_path):
     config = {"id2label": {"0": "a", "1": "b"}, "max_seq_length": 8, "max_position_embeddings": 8}
     (tmp_path / "config.json").write_text(json.dumps(config))

@@ -58,14 +58,19 @@ def test_bundle_onnx_and_model_agree_on_the_dev_set(bundle, checkpoint):
         assert np.array_equal(metric.decode(metric.probabilities(logits)), decisions)
 
 
-def test_tuned_thresholds_travel(checkpoint, tmp_path):
+def test_the_decision_rule_travels(checkpoint, tmp_path):
     tuned = tmp_path / "tuned"
     shutil.copytree(checkpoint, tuned)
     thresholds = [0.3 + 0.01 * i for i in range(20)]
     config = utils.read_json(tuned / "config.json")
     (tuned / "config.json").write_text(json.dumps({**config, "thresholds": thresholds}))
-    export_model.main(["--params_path", str(tuned), "--output_path", str(tmp_path / "export")])
-    assert utils.read_model_info(tmp_path / "export").thresholds == thresholds
+    flags = ["--params_path", str(tuned), "--output_path", str(tmp_path / "export")]
+    export_model.main([*flags, "--min_labels", "1", "--max_labels", "2"])
+    info = utils.read_model_info(tmp_path / "export")
+    rule = {"thresholds": thresholds, "min_labels": 1, "max_labels": 2}
+    assert info.rule == rule and utils.read_model_info(tuned).rule == {
+        **{"thresholds": thresholds, "min_labels": 0, "max_labels": None}
+    }
 
 
 def test_export_that_differs_leaves_nothing(checkpoint, tmp_path, run_cli, monkeypatch):
@@ -128,6 +133,7 @@ def test_killed_while_the_files_are_moved(checkpoint, tmp_path, monkeypatch, run
     [
         (["--params_path", "no/such"], "no/such: no such folder; train.py or export"),
         (["--check_file", "none.txt"], "none.txt: No such file or directory; check the path"),
+        (["--min_labels", "2", "--max_labels", "1"], "min_labels 2, max_labels 1: the model has"),
         (["--output_path", "CHECKPOINT"], "holds a checkpoint; give another folder"),
         (["--output_path", "FILE"], "cannot write"),
     ],

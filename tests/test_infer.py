@@ -103,6 +103,26 @@ def test_thresholds_of_the_bundle_decide(own_bundle):
     assert names == [LABELS] * 5 and np.array_equal(probs, everything)
 
 
+def test_least_and_most_labels(limited, data, tmp_path):
+    """Of the bundle, of flags, of the class."""
+    _, folder, texts, expected = limited
+    (data / "data.txt").write_text("\n".join(texts) + "\n", encoding="utf-8")
+
+    def labels(*flags):
+        infer.main(argv(folder, data, "--output_file", tmp_path / "o.jsonl", *flags))
+        return [json.loads(line)["labels"] for line in open(tmp_path / "o.jsonl", encoding="utf-8")]
+
+    assert labels() == expected
+    assert {len(names) for names in labels("--min_labels", "0", "--max_labels", "20")} > {0, 1, 2}
+    one = predictor.Predictor(folder / "float32", max_labels=1).predict(texts[:50])[0]
+    assert [len(names) for names in one] == [1] * 50
+    counts = metric.MultiLabelCounts(20)
+    ids = [[LABELS.index(name) for name in given] for given in expected]
+    counts.update(utils.multi_hot(ids, 20), utils.multi_hot(ids, 20))
+    measured = infer.perf(predictor.Predictor(folder / "float32"), texts, ids)
+    assert measured["micro_f1"] == 100 * counts.micro_f1 == 100
+
+
 def test_other_length_and_other_tokenizer(bundle, tmp_path):
     short = predictor.Predictor(bundle / "float32", max_seq_length=4)
     assert [len(ids) for ids in short.encode(DEV_TEXTS[:2])[0]] == [4, 4]
@@ -430,6 +450,10 @@ def test_bad_data(bundle, data, tmp_path, run_cli, content, message):
         (["--device_id", "x"], "invalid int value: 'x'"),
         (["--num_threads", "0"], "0 is not a number of at least 1"),
         (["--max_seq_length", "161"], "--max_seq_length 161: this model takes 3 to 160 tokens"),
+        (
+            ["--min_labels", "3", "--max_labels", "2"],
+            "min_labels 3, max_labels 2: the model has 20",
+        ),
         (["--model_path_prefix", "no/float32"], "no: no such folder"),
         (["--model_path_prefix", "BUNDLE"], "is a folder; give the prefix of its files, BUNDLE/fl"),
         (["--label_file", "lable.txt"], "lable.txt: No such file or directory; check the path"),

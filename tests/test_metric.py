@@ -112,6 +112,61 @@ def test_decisions_are_strictly_greater():
     assert metric.label_names(metric.decode(probs * 0), ["a", "b", "c"]) == [[], []]
 
 
+def decided(probs, thresholds, least, most):
+    """The rule of metric.decode, label by label in exact arithmetic."""
+    rows = []
+    for row in probs:
+        margins = [float(p) - float(t) for p, t in zip(row, np.float32(thresholds), strict=True)]
+        order = sorted(range(len(row)), key=lambda i: (-margins[i], i))
+        number = max(least, sum(margin > 0 for margin in margins))
+        number = number if most is None else min(number, most)
+        rows.append([i in order[:number] for i in range(len(row))])
+    return rows
+
+
+@pytest.mark.parametrize("digits", [1, 8])  # with one digit most labels are equally near
+def test_least_and_most_labels_against_brute_force(digits):
+    rng = np.random.default_rng(10)
+    for trial in range(150):
+        classes = rng.integers(1, 9)
+        probs = rng.random((20, classes)).round(digits).astype(np.float32)
+        thresholds = np.full(classes, 0.5) if trial % 3 == 0 else rng.random(classes).round(digits)
+        least = int(rng.integers(classes + 1))
+        most = None if trial % 4 == 0 else int(rng.integers(least, classes + 1))
+        found = metric.decode(probs, thresholds, least, most)
+        assert found.dtype == bool and found.tolist() == decided(probs, thresholds, least, most)
+        assert metric.decode(probs, thresholds, 0, classes).tolist() == (
+            metric.decode(probs, thresholds).tolist()
+        )
+
+
+def test_least_and_most_labels_by_hand():
+    # The second label is nearer to its threshold than the first, which is more probable.
+    probs = np.array([[0.6, 0.2, 0.1], [0.95, 0.9, 0.9]], dtype=np.float32)
+    thresholds = [0.9, 0.3, 0.9]
+    assert metric.decode(probs, thresholds, 1).tolist() == [
+        [False, True, False],
+        [True, True, False],
+    ]
+    assert metric.decode(probs, thresholds, 0, 1).tolist() == [[False] * 3, [False, True, False]]
+    assert metric.decode(probs, 0.5, 2, 2).tolist() == [[True, True, False]] * 2
+    assert not metric.decode(probs, 0.5, 0, 0).any()
+    # Probabilities whose differences from the threshold are equal in float32.
+    tiny = np.array([[1e-9, 2e-9]], dtype=np.float32)
+    assert metric.decode(tiny, 0.5, 1).tolist() == [[False, True]]
+
+
+def test_least_and_most_labels_of_10_000(monkeypatch):
+    probs = np.random.default_rng(11).random((40, 10_000)).astype(np.float32)
+    start = time.perf_counter()
+    decisions = metric.decode(probs, None, 1, 3)
+    assert time.perf_counter() - start < 1
+    assert (decisions.sum(axis=1) == 3).all()
+    assert np.array_equal(np.where(decisions, probs, 0).max(axis=1), probs.max(axis=1))
+    monkeypatch.setattr(metric, "BLOCK", 70_000)  # blocks of some rows
+    assert np.array_equal(metric.decode(probs, None, 1, 3), decisions)
+
+
 def test_loss_of_extreme_logits():
     rng = np.random.default_rng(5)
     logits = np.concatenate([rng.normal(0, 4, (50, 8)), [[-1e4, 1e4, -90, 90, 0, 0, 1e4, -1e4]]])
@@ -200,6 +255,16 @@ def test_tuning_finds_a_shifted_threshold():
     assert held_out.macro_f1 > 0.99 > 0.5 > counts_of(metric.decode(probs), targets).macro_f1
     again = metric.tune_thresholds(probs.astype(np.float32), targets)
     assert again[0] == thresholds and again[1].report("abc") == held_out.report("abc")
+
+
+def test_tuning_counts_what_the_limits_leave():
+    rng = np.random.default_rng(12)
+    targets = rng.random((300, 4)) < 0.3
+    probs = (0.5 * targets + 0.5 * rng.random(targets.shape)).astype(np.float32)
+    plain, free = metric.tune_thresholds(probs, targets)
+    thresholds, held_out = metric.tune_thresholds(probs, targets, min_labels=1, max_labels=1)
+    assert thresholds == plain and (free.tp + free.fp).sum() != 300
+    assert (held_out.tp + held_out.fp).sum() == held_out.samples == 300
 
 
 def test_too_few_samples_to_tune():

@@ -210,15 +210,21 @@ def test_empty_text_is_an_ordinary_text(server):
         assert len(names) == len(scores)
 
 
-def test_thresholds_of_the_bundle(model, own_server):
+def test_decision_rule_of_the_bundle(model, own_server, limited):
+    _, bundle, texts, expected = limited
     path = model / "serving_server" / "config.json"
     text = path.read_text(encoding="utf-8")
     try:
-        path.write_text(json.dumps({**json.loads(text), "thresholds": [0.0] * 20}))
+        shutil.copy(bundle / "config.json", path)
         one = own_server()
     finally:
         path.write_text(text, encoding="utf-8")
-    assert http_client.predict(one.http, TEXTS[:1])[0][0] == LABELS
+    answers = [
+        a for chunk in utils.chunks(texts, 200) for a in http_client.predict(one.http, chunk)
+    ]
+    assert [names for names, _ in answers] == expected
+    assert all(len(names) == len(scores) for names, scores in answers)
+    assert rpc_client.predict(one.rpc, texts[:9]) == answers[:9]
 
 
 # ----------------------------------------------------------------------------------------- faults

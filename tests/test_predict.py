@@ -147,6 +147,18 @@ def test_thresholds_of_the_checkpoint(run, checkpoint, tmp_path):
     assert all(any(name in row[1].split(",") for row in rows) for name in LABELS[2:])
 
 
+LIMITS = ["--min_labels", 1, "--max_labels", 2]
+
+
+def test_least_and_most_labels(run, limited):
+    checkpoint, _, texts, expected = limited
+    rows = rows_of(run(texts, *LIMITS, params_path=checkpoint))
+    assert [row[1].split(",") for row in rows] == expected
+    plain = rows_of(run(texts, params_path=checkpoint))
+    assert {row[1].count(",") for row in plain} >= {0, 1, 2} and ["", ""] not in plain
+    assert any(not row[1] for row in plain)
+
+
 def test_sequence_length(run, checkpoint, capsys):
     texts = [text for text in DEV_TEXTS if len(text) > 20][:4]
     cut = run([text[:6] for text in texts], "--output_scores")
@@ -240,6 +252,26 @@ FAULTS = {
     ),
     "named label file": (lambda f: None, ["--label_file", "lable.txt"], "lable.txt: No such file"),
     "too long": (lambda f: None, ["--max_seq_length", "161"], "takes 3 to 160 tokens"),
+    "more labels than there are": (
+        lambda f: None,
+        ["--min_labels", "21"],
+        "min_labels 21, max_labels None: the model has 20 labels; give 0 <= min_labels <= max_lab",
+    ),
+    "at most fewer than at least": (
+        lambda f: edit(f / "model/config.json", max_labels=2),
+        ["--min_labels", "3"],
+        "min_labels 3, max_labels 2: the model has 20 labels; give 0 <= min_labels <= max_labels",
+    ),
+    "limits of another model": (
+        lambda f: edit(f / "model/config.json", max_labels=21),
+        [],
+        "config.json: min_labels 0, max_labels 21: the model has 20 labels",
+    ),
+    "limits that are no numbers": (
+        lambda f: edit(f / "model/config.json", min_labels="1"),
+        [],
+        "config.json: TypeError('min_labels or max_labels') missing or malformed",
+    ),
     "unknown device": (lambda f: None, ["--device", "tpu"], "--device tpu"),
     "missing output folder": (lambda f: None, ["--output_file", "none/o.txt"], "none/o.txt"),
 }

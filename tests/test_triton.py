@@ -22,6 +22,7 @@ import types
 
 import make_repository
 import numpy as np
+import onnxruntime
 import pytest
 from conftest import REPO, SAMPLE
 from test_docs import commands
@@ -156,30 +157,50 @@ def test_tokenizer_gives_the_ids_of_utils(repository, bundle):
         assert response.tensors["token_type_ids"].shape == ours.shape
 
 
+@pytest.mark.parametrize("least, most", [(0, None), (1, 2), (3, 3), (0, 0), (20, 20)])
 @pytest.mark.parametrize("tuned", [False, True])
-def test_postprocess_decides_like_metric(repository, tmp_path, tuned):
+def test_postprocess_decides_like_metric(repository, tmp_path, tuned, least, most):
     folder = shutil.copytree(repository / "seqcls_postprocess" / "1", tmp_path / "1")
     rng = np.random.default_rng(SEED)
     logits = rng.normal(0, 4, (200, len(LABELS))).astype(np.float32)
     logits[0], logits[1], logits[2], logits[3] = 0.0, -1e5, 1e5, -0.0
     probs = metric.probabilities(logits)
-    thresholds = None
+    settings = utils.read_json(folder / "settings.json")
+    settings.update(min_labels=least, max_labels=most)
     if tuned:  # some of them are probabilities that occur: the comparison is strict
-        thresholds = [float(p) for p in probs[5:25].diagonal()]
-        settings = {"labels": LABELS, "thresholds": thresholds}
-        (folder / "settings.json").write_text(json.dumps(settings), encoding="utf-8")
+        settings["thresholds"] = [float(p) for p in probs[5:25].diagonal()]
+    (folder / "settings.json").write_text(json.dumps(settings), encoding="utf-8")
     model = load_model(folder)
-    decisions = metric.decode(probs, thresholds)
+    decisions = metric.decode(probs, settings["thresholds"], least, most)
     (response,) = model.execute([{"logits": logits}])
     label, confidence = response.tensors["label"], response.tensors["confidence"]
-    assert label.shape == confidence.shape == (200, decisions.sum(axis=1).max())
+    assert label.shape == confidence.shape == (200, max(1, decisions.sum(axis=1).max()))
     for row, names in enumerate(metric.label_names(decisions, LABELS)):
         count = len(names)
         assert [name.decode("utf-8") for name in label[row, :count]] == names
         assert not any(label[row, count:]) and not confidence[row, count:].any()
         assert np.array_equal(confidence[row, :count], probs[row, decisions[row]])
-    (nothing,) = model.execute([{"logits": np.full((2, len(LABELS)), -9, np.float32)}])
-    assert nothing.tensors["label"].tolist() == [[b""], [b""]]
+    if least == 0:
+        (nothing,) = model.execute([{"logits": np.full((2, len(LABELS)), -9, np.float32)}])
+        assert nothing.tensors["label"].tolist() == [[b""], [b""]]
+
+
+def test_the_models_together_give_the_labels_of_predict(limited, tmp_path):
+    """Tokenizer, ONNX file and decision of a repository, one after the other."""
+    _, bundle, texts, expected = limited
+    made = tmp_path / "repository"
+    make_repository.main(argv(bundle, made))
+    tokenizer, postprocess = (
+        load_model(made / name / "1") for name in ("tokenizer", "seqcls_postprocess")
+    )
+    session = onnxruntime.InferenceSession(str(made / "seqcls_model" / "1" / "model.onnx"))
+    names = []
+    for chunk in utils.chunks(texts, 64):
+        (tokens,) = tokenizer.execute([text_request(*chunk)])
+        (logits,) = session.run(["logits"], tokens.tensors)
+        (answer,) = postprocess.execute([{"logits": logits}])
+        names += [[n.decode("utf-8") for n in row if n] for row in answer.tensors["label"]]
+    assert names == expected
 
 
 def test_requests_of_one_batch_are_answered_each_on_its_own(repository, tmp_path, monkeypatch):
@@ -267,7 +288,8 @@ def test_repository_is_complete(repository, bundle):
 @pytest.mark.parametrize("precision, device", [("fp32", "gpu"), ("fp16", "gpu"), ("int8", "cpu")])
 def test_precision_and_device(bundle, tmp_path, precision, device):
     own = shutil.copytree(bundle, tmp_path / "bundle")
-    config = {**utils.read_json(own / "config.json"), "thresholds": [0.25] * len(LABELS)}
+    rule = {"thresholds": [0.25] * len(LABELS), "min_labels": 1, "max_labels": 5}
+    config = {**utils.read_json(own / "config.json"), **rule}
     (own / "config.json").write_text(json.dumps(config), encoding="utf-8")
     flags = ["--precision", precision, "--device", device, "--max_text_bytes", "77"]
     make_repository.main(argv(own, tmp_path / "new" / "repository", *flags))
@@ -278,8 +300,8 @@ def test_precision_and_device(bundle, tmp_path, precision, device):
     assert f"kind: KIND_{device.upper()}" in text and f"dims: [ {len(LABELS)} ]" in text
     for name in ("tokenizer", "seqcls_postprocess"):
         assert "kind: KIND_CPU" in (made / name / "config.pbtxt").read_text()
-    rule = utils.read_json(made / "seqcls_postprocess" / "1" / "settings.json")
-    assert rule == {"labels": LABELS, "thresholds": [0.25] * len(LABELS)}
+    settings = utils.read_json(made / "seqcls_postprocess" / "1" / "settings.json")
+    assert settings == {"labels": LABELS, **rule}
     assert utils.read_json(made / "tokenizer" / "1" / "settings.json")["max_text_bytes"] == 77
 
 

@@ -196,7 +196,7 @@ def make_servicer(config):
 
         def postprocess(self, input_data, fetch_data, data_id=0, log_id=0):
             probs = metric.probabilities(fetch_data["logits"])
-            decisions = metric.decode(probs, self.info.thresholds)
+            decisions = metric.decode(probs, **self.info.rule)
             names = metric.label_names(decisions, self.info.labels)
             scores = [[round(float(p), 6) for p in r[d > 0]] for r, d in zip(probs, decisions)]
             reply = {"label": json.dumps(names, ensure_ascii=False), "score": json.dumps(scores)}

@@ -36,6 +36,7 @@ def parse_args(argv=None):
     add("--use_quantize", action="store_true", help="dynamic int8 (CPU only)")
     add("--num_threads", type=at_least(1), help="CPU threads; None: one per core")
     add("--batch_size", type=at_least(1), default=32, help="texts per forward pass")
+    utils.add_limit_flags(parser.add_argument_group("decision").add_argument, "the bundle's")
     add = parser.add_argument_group("data").add_argument
     add("--dataset_dir", required=True, help="folder of the files below")
     add("--data_file", default="data.txt", help="texts to label, one per line")
@@ -71,6 +72,8 @@ def new_predictor(args):
         batch_size=args.batch_size,
         max_seq_length=args.max_seq_length,
         tokenizer_path=args.model_name_or_path,
+        min_labels=args.min_labels,
+        max_labels=args.max_labels,
     )
 
 
@@ -94,7 +97,7 @@ def perf(predictor, texts, label_ids):
     num_labels = len(predictor.info.labels)
     counts = metric.MultiLabelCounts(num_labels)
     for _, index, logits in utils.run_batches(timed_forward, encoded, predictor.batch_size):
-        decisions = metric.decode(metric.probabilities(logits), predictor.info.thresholds)
+        decisions = metric.decode(metric.probabilities(logits), **predictor.info.rule)
         counts.update(decisions, utils.multi_hot([label_ids[i] for i in index], num_labels))
     total = sum(seconds)
     p50, p99 = 1000 * np.percentile(seconds, [50, 99])

@@ -252,7 +252,8 @@ class Predictor:
 
     model_path_prefix: the static graph's path without its suffix, e.g. export/float32.
     precision: fp32, int8 (CPU) or fp16 (GPU). max_seq_length and tokenizer_path (a folder with
-    vocab.txt) come from the bundle unless given. Raises UserError for a broken bundle.
+    vocab.txt) come from the bundle unless given; so do min_labels and max_labels (of a text; see
+    metric.decode). Raises UserError for a broken bundle.
     """
 
     def __init__(
@@ -265,10 +266,12 @@ class Predictor:
         batch_size=32,
         max_seq_length=None,
         tokenizer_path=None,
+        min_labels=None,
+        max_labels=None,
     ):
         folder = bundle_folder(model_path_prefix)
         check_device(device)
-        self.info = utils.read_model_info(folder)
+        self.info = utils.read_model_info(folder).with_limits(min_labels, max_labels)
         self.max_seq_length = max_seq_length or self.info.max_seq_length
         utils.check_length(self.max_seq_length, self.info.max_position)
         self.tokenizer = utils.load_tokenizer(tokenizer_path or folder, folder)
@@ -292,7 +295,7 @@ class Predictor:
     def decode(self, logits):
         """Logits [texts, classes] to (label names per text, probabilities [texts, classes])."""
         probs = metric.probabilities(logits)
-        decisions = metric.decode(probs, self.info.thresholds)
+        decisions = metric.decode(probs, **self.info.rule)
         return metric.label_names(decisions, self.info.labels), probs
 
     def predict(self, texts):

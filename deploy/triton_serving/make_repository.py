@@ -2,9 +2,9 @@
 
     python make_repository.py --model_path_prefix ../../export/float32 --output_dir model_repository
 
-Class count, labels, sequence length, thresholds, tokenizer and ONNX file come from the bundle; the
-server then needs neither the bundle nor this project. The folder appears whole or not at all; an
-older repository stays in place until the new one is complete.
+Labels, sequence length, thresholds, how many labels a text may have, tokenizer and ONNX file come
+from the bundle; the server then needs neither the bundle nor this project. The folder appears whole
+or not at all; an older repository stays in place until the new one is complete.
 """
 
 import contextlib
@@ -65,7 +65,7 @@ def fill(folder, args):
     limits = {"max_seq_length": info.max_seq_length, "max_text_bytes": args.max_text_bytes}
     write_json(folder / "tokenizer" / "1" / "settings.json", limits)
     thresholds = info.thresholds or [metric.DEFAULT_THRESHOLD] * len(info.labels)
-    rule = {"labels": info.labels, "thresholds": thresholds}
+    rule = {"labels": info.labels, "thresholds": thresholds, **info.limits}
     write_json(folder / "seqcls_postprocess" / "1" / "settings.json", rule)
 
 

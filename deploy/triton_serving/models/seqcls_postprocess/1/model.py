@@ -17,6 +17,7 @@ class TritonPythonModel:
             settings = json.load(file)
         self.labels = settings["labels"]
         self.thresholds = np.array(settings["thresholds"], dtype=np.float32)
+        self.min_labels, self.max_labels = settings["min_labels"], settings["max_labels"]
 
     def execute(self, requests):
         """One response per request."""
@@ -37,7 +38,7 @@ class TritonPythonModel:
         """
         # The sigmoid written with tanh, so that nothing overflows; see metric.probabilities.
         probs = 0.5 * (1.0 + np.tanh(0.5 * logits.astype(np.float32)))
-        decisions = probs > self.thresholds
+        decisions = self.decide(probs)
         columns = max(1, decisions.sum(axis=1).max())
         names = np.full((len(logits), columns), b"", dtype=np.object_)
         confidence = np.zeros((len(logits), columns), dtype=np.float32)
@@ -46,3 +47,17 @@ class TritonPythonModel:
             names[row, : len(given)] = [self.labels[i].encode("utf-8") for i in given]
             confidence[row, : len(given)] = probs[row, given]
         return names, confidence
+
+    def decide(self, probs):
+        """Boolean decisions [rows, classes]; see metric.decode."""
+        decisions = probs > self.thresholds
+        counts = decisions.sum(axis=1)
+        wanted = np.clip(counts, self.min_labels, self.max_labels)
+        rows = np.flatnonzero(wanted != counts)
+        # In float64 the difference of float32 numbers is exact: rounding makes no ties.
+        missing = self.thresholds - probs[rows].astype(np.float64)
+        order = np.argsort(missing, axis=1, kind="stable")
+        best = np.zeros_like(decisions[rows])
+        np.put_along_axis(best, order, np.arange(probs.shape[1]) < wanted[rows, None], axis=1)
+        decisions[rows] = best
+        return decisions
