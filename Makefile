@@ -44,7 +44,7 @@ demo: $(VENV)/.requirements
 	@echo "without network, --model_name takes a local model folder (see README.md)"
 
 test: $(VENV)/.requirements-dev
-	$(PY) -m pytest
+	$(PY) -m pytest -n 2 --dist loadfile
 
 clean:
 	rm -rf $(VENV) $(DEMO) log

@@ -139,19 +139,22 @@ class MultiLabelCounts:
         }
 
 
-def best_threshold(probs, targets):
+def best_threshold(probs, targets, gain=None):
     """The threshold that gives one class its best F1, and that F1.
 
     probs, targets: [samples]. Candidates are the midpoints between neighbouring distinct
     probabilities, so that scores close to a sample's do not flip it; of equally good ones the
     nearest to DEFAULT_THRESHOLD. A class without positive samples keeps DEFAULT_THRESHOLD.
+    gain(tp, fp, fn), from arrays [candidates]: what is added to F1 in the choice.
     """
     targets = np.asarray(targets, dtype=bool)
     if not targets.any():
         return DEFAULT_THRESHOLD, 0.0
     order = np.argsort(-probs, kind="stable")
     scores, tp = np.asarray(probs, dtype=np.float64)[order], np.cumsum(targets[order])
-    f1 = 2.0 * tp / (np.arange(1, len(scores) + 1) + targets.sum())
+    predicted = np.arange(1, len(scores) + 1)
+    f1 = 2.0 * tp / (predicted + targets.sum())
+    value = f1 if gain is None else f1 + gain(tp, predicted - tp, targets.sum() - tp)
     following = np.append(scores[1:], 0.0)
     distinct = scores > following  # a cut between equal probabilities is none
     if not distinct.any():
@@ -159,19 +162,35 @@ def best_threshold(probs, targets):
     middle = (scores + following) / 2
     # `decode` compares in float32, where the middle of neighbouring numbers is one of them.
     middle = np.where(middle.astype(np.float32) < scores, middle, following)
-    candidates, f1 = middle[distinct], f1[distinct]
-    best = np.flatnonzero(f1 == f1.max())
+    candidates, f1, value = middle[distinct], f1[distinct], value[distinct]
+    best = np.flatnonzero(value == value.max())
     nearest = best[np.argmin(np.abs(candidates[best] - DEFAULT_THRESHOLD))]
     return float(candidates[nearest]), float(f1[nearest])
 
 
-def tune_thresholds(probs, targets, folds=5, seed=3, **limits):
+def micro_f1_gain(probs, targets):
+    """For best_threshold: what a class adds to micro F1, in units of its share of macro F1.
+
+    probs, targets: [samples, classes]. Micro F1 is a quotient of sums over the classes, F = A / B;
+    a class raises it as far as it raises A - F B (Dinkelbach 1967, "On nonlinear fractional
+    programming"), F and B being those of DEFAULT_THRESHOLD.
+    """
+    counts = MultiLabelCounts(targets.shape[1])
+    counts.update(decode(probs), targets)
+    f1 = counts.micro_f1
+    scale = targets.shape[1] / max(1, (2 * counts.tp + counts.fp + counts.fn).sum())
+    return lambda tp, fp, fn: scale * (2 * tp - f1 * (2 * tp + fp + fn))
+
+
+def tune_thresholds(probs, targets, folds=5, seed=3, target="macro_f1", **limits):
     """One threshold per class on all data, and what such thresholds give on unseen data.
 
     probs, targets: [samples, classes]. Each fold is decided with thresholds chosen on the
     others, so the returned counts are an out-of-sample estimate (Yang 2001, "A study of
-    thresholding strategies for text categorization", calls such thresholds SCut). limits: the
-    min_labels and max_labels of these decisions; the choice itself is made per class, without them.
+    thresholding strategies for text categorization", calls such thresholds SCut). target: macro_f1,
+    each class its best F1, or both, the sum of macro and micro F1: a rare class then gets no
+    threshold that costs more false labels than it is worth. limits: the min_labels and max_labels
+    of the held-out decisions; the choice itself is made per class, without them.
     Returns (thresholds [classes], MultiLabelCounts of the held-out decisions).
     Raises ValueError if there are fewer samples than folds.
     """
@@ -180,11 +199,15 @@ def tune_thresholds(probs, targets, folds=5, seed=3, **limits):
         raise ValueError(f"{len(targets)} samples are too few for {folds} folds")
     fold_of = np.random.default_rng(seed).permutation(len(targets)) % folds
     chosen = np.empty((folds + 1, targets.shape[1]))
+    gains = [None] * (folds + 1)  # no sample is in the last fold
+    if target == "both":
+        rows = [fold_of != fold for fold in range(folds + 1)]
+        gains = [micro_f1_gain(probs[others], targets[others]) for others in rows]
     for c in range(targets.shape[1]):  # one pass over the columns, which are scattered in memory
         scores, gold = np.ascontiguousarray(probs[:, c]), np.ascontiguousarray(targets[:, c])
-        for fold in range(folds + 1):  # no sample is in the last one
+        for fold, gain in enumerate(gains):
             others = fold_of != fold
-            chosen[fold, c] = best_threshold(scores[others], gold[others])[0]
+            chosen[fold, c] = best_threshold(scores[others], gold[others], gain)[0]
     held_out = MultiLabelCounts(targets.shape[1])
     for fold in range(folds):
         inside = fold_of == fold

@@ -38,6 +38,8 @@ def parse_args(argv=None):
     page = "write an HTML page there: tables, curves, thresholds, confused labels, worst texts"
     add("--report_path", help=page)
     add("--tune_thresholds", action="store_true", help="choose one threshold per label on dev")
+    target = "what tuning raises; both: the sum of macro and micro F1"
+    add("--tune_for", choices=["macro_f1", "both"], default="macro_f1", help=target)
     add("--save_thresholds", action="store_true", help="store the tuned ones in the checkpoint")
     return parser.parse_args(argv)
 
@@ -211,7 +213,9 @@ def main(argv=None):
 def tune(args, kept, info):
     """Logs what tuned thresholds give on held-out folds; stores them in the checkpoint if asked."""
     labels, limits = info.labels, info.limits
-    thresholds, held_out = metric.tune_thresholds(kept.probs, kept.targets, FOLDS, **limits)
+    thresholds, held_out = metric.tune_thresholds(
+        kept.probs, kept.targets, FOLDS, target=args.tune_for, **limits
+    )
     before, after = kept.untuned.report(labels), held_out.report(labels)
     logger.info(
         "Tuned thresholds, out of sample (%d-fold cross-validation on dev): "

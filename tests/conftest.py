@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 REPO = Path(__file__).resolve().parent.parent
 FOLDERS = ["", "analysis", "data", "benchmarks"]
@@ -102,18 +103,32 @@ def word_lists(tmp_path_factory):
     return folder / "lists"
 
 
+def made_once(tmp_path_factory, name, make):
+    """The folder that make(folder) fills; of several test processes the first one calls it."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent  # the processes have it in common
+    folder, done = root / name, root / f"{name}.done"
+    with FileLock(root / f"{name}.lock"):
+        if not done.exists():
+            make(folder)
+            done.touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def checkpoint(tiny_model, tmp_path_factory):
     """The tiny model trained on the whole sample as `make demo` does it."""
     import train
 
-    folder = tmp_path_factory.mktemp("trained") / "checkpoint"
-    train.main(
-        f"--device cpu --dataset_dir {SAMPLE} --model_name {tiny_model} --save_dir {folder} "
-        "--epochs 12 --batch_size 8 --learning_rate 1e-3 --dropout 0 --warmup --warmup_steps 100 "
-        "--max_grad_norm 1 --logging_steps 50".split()
-    )
-    return folder
+    def make(folder):
+        train.main(
+            f"--device cpu --dataset_dir {SAMPLE} --model_name {tiny_model} --save_dir {folder} "
+            "--epochs 12 --batch_size 8 --learning_rate 1e-3 --dropout 0 --warmup "
+            "--warmup_steps 100 --max_grad_norm 1 --logging_steps 50".split()
+        )
+
+    return made_once(tmp_path_factory, "checkpoint", make)
 
 
 @pytest.fixture(scope="session")
@@ -121,9 +136,11 @@ def bundle(checkpoint, tmp_path_factory):
     """The exported checkpoint with its ONNX file; tests that change it take a copy."""
     import export_model
 
-    folder = tmp_path_factory.mktemp("exported") / "export"
-    export_model.main(["--params_path", str(checkpoint), "--output_path", str(folder), "--onnx"])
-    return folder
+    def make(folder):
+        flags = ["--params_path", str(checkpoint), "--output_path", str(folder), "--onnx"]
+        export_model.main(flags)
+
+    return made_once(tmp_path_factory, "export", make)
 
 
 @pytest.fixture(scope="session")
