@@ -5,6 +5,8 @@
 writes float32.pdmodel, .pdiparams and .pdiparams.info (inputs input_ids and token_type_ids, output
 logits) with the tokenizer and config.json (labels, length, decision rule) beside them; with --onnx
 also model.onnx. The result is compared with the trained model before the folder appears.
+
+What reads a model folder is here, too: checkpoints, and what train.py starts from.
 """
 
 import zlib  # noqa: F401  libpaddle exports zlib symbols of its own; loaded after it, zlib crashes
@@ -159,9 +161,8 @@ def build_model(folder, num_labels):
     description = read_json(path)
     model_type = description.get("model_type")
     check_support(path, "model_type", model_type, MODEL_CLASSES)
-    check_support(
-        path, "hidden_act", activation := description.get("hidden_act", "gelu"), ACTIVATIONS
-    )
+    activation = description.get("hidden_act", "gelu")
+    check_support(path, "hidden_act", activation, ACTIVATIONS)
     positions = description.get("position_embedding_type", "absolute")
     check_support(path, "position_embedding_type", positions, ["absolute"])
     check_support(path, "pad_token_id", description.get("pad_token_id", 0), [0])  # see utils.pad
@@ -172,6 +173,8 @@ def build_model(folder, num_labels):
         # An absolute path keeps PaddleNLP from taking a folder for a name to download.
         config = config_class.from_pretrained(os.path.abspath(folder), num_labels=num_labels)
         vars(config).update(PLAIN, hidden_act=ACTIVATIONS[activation], dtype="float32")
+        if not 0 <= config.layer_norm_eps <= 1e-3:  # Paddle's limits
+            raise ValueError(f"layer_norm_eps {config.layer_norm_eps} is not between 0 and 1e-3")
         model = model_class(config)
         for layer in model.sublayers():
             if isinstance(layer, paddle.nn.LayerNorm):  # PaddleNLP's ERNIE always takes 1e-12
@@ -275,19 +278,19 @@ def load_folder(folder, labels):
 
 def read_safetensors(folder):
     """{parameter name: float32 array} of the safetensors files in a folder, one or several."""
-    index, files = folder / f"{SAFETENSORS}.index.json", [folder / SAFETENSORS]
-    if index.exists():
-        files = [
-            folder / str(name)
-            for name in sorted({*read_json(index).get("weight_map", {}).values()})
-        ]
-    elif not files[0].exists():
-        if pickles := sorted(folder.glob("pytorch_model*.bin")):
+    files, index = [folder / SAFETENSORS], folder / f"{SAFETENSORS}.index.json"
+    if not files[0].exists():
+        if index.exists():
+            shards = read_json(index).get("weight_map")
+            names = shards.values() if isinstance(shards, dict) else []
+            files = [folder / name for name in sorted(set(map(str, names)))]
+        elif pickles := sorted(folder.glob("pytorch_model*.bin")):
             raise UserError(
                 f"{pickles[0]}: a pickle, which can run any code when it is read; convert it to "
                 f"{SAFETENSORS} where you trust it (see README.md) or download that file"
             )
-        raise UserError(f"{folder}: neither {WEIGHTS_FILE} nor {SAFETENSORS}; no model folder")
+        else:
+            raise UserError(f"{folder}: neither {WEIGHTS_FILE} nor {SAFETENSORS}; no model folder")
     arrays = {}
     for path in files:
         try:

@@ -448,6 +448,7 @@ def test_vocabulary_of_tokenizer_json(arrays, write, small_data, tmp_path):
         ({"num_hidden_layers": 1}, "is no part of the model that config.json"),
         ({"num_hidden_layers": 3}, "no parameter encoder.layer.2.attention.self.query.weight"),
         ({"hidden_size": 64}, "has shape"),
+        ({"layer_norm_eps": 0.1}, "layer_norm_eps 0.1 is not between 0 and 1e-3"),
         ({"num_attention_heads": 3}, "no valid model description"),
     ],
 )
