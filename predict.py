@@ -39,7 +39,7 @@ def parse_args(argv=None):
     add("--output_file", default="output.txt", help="result; JSON lines if it ends in .jsonl")
     add("--output_scores", action="store_true", help="also write every label's probability")
     utils.add_inference_flags(parser, "./checkpoint/")
-    utils.add_limit_flags(parser.add_argument_group("decision").add_argument, "the checkpoint's")
+    utils.add_decision_flags(parser, "the checkpoint's")
     return parser.parse_args(argv)
 
 
@@ -118,7 +118,7 @@ def main(argv=None):
             for number, texts in enumerate(tqdm(chunks, unit="chunk", disable=None)):
                 if number % world_size != rank:
                     continue
-                encoded, cut = utils.encode(texts, tokenizer, max_seq_length)
+                encoded, cut = utils.encode(texts, tokenizer, max_seq_length, args.long_text)
                 sizes += len(texts), cut
                 logits = utils.logits_of(forward, encoded, args.batch_size, len(labels))
                 probs = metric.probabilities(logits)
@@ -134,7 +134,7 @@ def main(argv=None):
         remove(parts if rank == 0 else [parts[rank]])
         raise
     if rank == 0:
-        utils.warn_truncated(sizes[1], sizes[0], max_seq_length)
+        utils.warn_truncated(sizes[1], sizes[0], max_seq_length, args.long_text)
         logger.info("Prediction results save in %s.", args.output_file)
 
 

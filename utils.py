@@ -38,6 +38,10 @@ MAX_REPORTED = 10  # offending lines listed in one error message
 MAX_LINE = 500_000  # bytes; longer than any document, so the file has lost its line ends
 CHUNK = 8192  # texts that are read, encoded and sorted by length at a time
 CHUNK_CELLS = 1 << 24  # fewer with many labels: texts x labels of a chunk (float32: 64 MiB)
+ENCODE_CHARACTERS = 1 << 18  # tokenised at a time: an encoding holds much more than the ids
+# Share of a window that the next one repeats. A clause that is cut at a seam is whole in one of the
+# two: a quarter of 126 tokens is longer than nine of ten clauses of the real set.
+OVERLAP = 0.25
 
 
 class UserError(Exception):
@@ -123,6 +127,14 @@ def add_limit_flags(add, source):
     most = f"a text with more labels keeps the best; None: {source}"
     add("--min_labels", type=at_least(0), help=least)
     add("--max_labels", type=at_least(0), help=most)
+
+
+def add_decision_flags(parser, source):
+    """The flags of whoever labels texts; `source` names the model folder."""
+    add = parser.add_argument_group("decision").add_argument
+    longer = "longer texts: cut the tail, or label all of it in overlapping windows"
+    add("--long_text", choices=["truncate", "window"], default="truncate", help=longer)
+    add_limit_flags(add, source)
 
 
 # ---------------------------------------------------------------------------------------- read
@@ -341,27 +353,52 @@ def load_tokenizer(folder, model_folder=None):
     return tokenizer
 
 
-def encode(texts, tokenizer, max_seq_length):
-    """[CLS] text [SEP] as int32 arrays of at most `max_seq_length` ids; the tail of a text is cut.
+class Windows(list):
+    """Encoded windows of texts, in their order; `first[i]` is the first window of text i.
 
-    Returns (list of arrays, number of texts that were cut).
+    `logits_of` gives one row a text for them: a label's greatest logit in any window of the text.
+    """
+
+    def __init__(self):
+        self.first = []
+
+
+def window_starts(length, room):
+    """Where windows of `room` tokens begin in a text; the last one ends where the text does."""
+    last, step = max(0, length - room), room - int(room * OVERLAP)
+    return [min(start, last) for start in range(0, last + step, step)]
+
+
+def encode(texts, tokenizer, max_seq_length, long_text="truncate"):
+    """[CLS] text [SEP] as int32 arrays of at most `max_seq_length` ids.
+
+    The tail of a longer text is cut, or with `long_text="window"` the text becomes several windows
+    that overlap. Returns (list of arrays, or Windows; number of texts that were cut or split).
     """
     cls_id, sep_id = tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]")
-    encoded, cut = [], 0
-    for chunk in chunks(texts, CHUNK):  # an encoding holds much more than the ids
+    encoded, cut = {"truncate": list, "window": Windows}[long_text](), 0
+    room, split = max_seq_length - 2, long_text == "window"
+    longest = max(map(len, texts), default=0)
+    for chunk in chunks(texts, min(CHUNK, 1 + ENCODE_CHARACTERS // max(1, longest))):
         for encoding in tokenizer.encode_batch(chunk, add_special_tokens=False):
             ids = encoding.ids
-            cut += len(ids) > max_seq_length - 2
-            encoded.append(np.array([cls_id, *ids[: max_seq_length - 2], sep_id], dtype=np.int32))
+            cut += len(ids) > room
+            if split:
+                encoded.first.append(len(encoded))
+            for start in window_starts(len(ids), room) if split else [0]:
+                window = [cls_id, *ids[start : start + room], sep_id]
+                encoded.append(np.array(window, dtype=np.int32))
     return encoded, cut
 
 
-def warn_truncated(cut, total, max_seq_length):
-    if cut:
-        logger.warning(
-            "%d of %d texts (%.1f%%) are longer than max_seq_length %d; their tails are cut",
-            *(cut, total, 100 * cut / total, max_seq_length),
-        )
+def warn_truncated(cut, total, max_seq_length, long_text="truncate"):
+    """Tells how many texts were cut, or split into windows."""
+    figures = cut, total, 100 * cut / max(1, total), max_seq_length
+    message = "%d of %d texts (%.1f%%) are longer than max_seq_length %d; "
+    if cut and long_text == "truncate":
+        logger.warning(message + "their tails are cut", *figures)
+    elif cut:
+        logger.info(message + "they were split into windows", *figures)
 
 
 # --------------------------------------------------------------------------------------- batch
@@ -409,10 +446,15 @@ def run_batches(forward, encoded, batch_size, rank=0, world_size=1, desc=None):
 
 
 def logits_of(forward, encoded, batch_size, num_labels, desc=None):
-    """Logits of all examples in their own order, float32 [examples, classes]."""
+    """Logits of all examples in their own order, float32 [examples, classes].
+
+    For `Windows` the examples are the texts, and the windows of all texts are batched together.
+    """
     logits = np.empty((len(encoded), num_labels), dtype=np.float32)
     for _, index, batch_logits in run_batches(forward, encoded, batch_size, desc=desc):
         logits[index] = batch_logits
+    if isinstance(encoded, Windows):
+        return np.maximum.reduceat(logits, np.array(encoded.first, dtype=np.intp))
     return logits
 
 

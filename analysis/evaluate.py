@@ -31,7 +31,7 @@ def parse_args(argv=None):
     add("--label_file", help="checked against the checkpoint; None: label.txt if it exists")
     add("--skip_train", action="store_true", help="do not evaluate the training set")
     utils.add_inference_flags(parser, "../checkpoint/")
-    utils.add_limit_flags(parser.add_argument_group("decision").add_argument, "the checkpoint's")
+    utils.add_decision_flags(parser, "the checkpoint's")
     add = parser.add_argument_group("output").add_argument
     add("--bad_case_path", default="./bad_case.txt", help="dev texts that are labelled wrongly")
     add("--json_path", help="write all figures there as JSON")
@@ -114,7 +114,7 @@ def evaluate(args, model, name, examples, file=None, kept=None):
     for start in range(0, len(examples[0]), size):
         rows = slice(start, start + size)
         texts, label_ids = (values[rows] for values in examples)
-        encoded, cut = utils.encode(texts, tokenizer, max_seq_length)
+        encoded, cut = utils.encode(texts, tokenizer, max_seq_length, args.long_text)
         logits = utils.logits_of(forward, encoded, args.batch_size, num_labels, name)
         probs, targets = metric.probabilities(logits), utils.multi_hot(label_ids, num_labels)
         decisions = metric.decode(probs, **info.rule)
@@ -128,7 +128,7 @@ def evaluate(args, model, name, examples, file=None, kept=None):
             kept.probs[rows], kept.targets[rows] = probs, targets
             kept.predicted += predicted
             kept.untuned.update(metric.decode(probs, **info.limits), targets)
-    utils.warn_truncated(total_cut, len(examples[0]), max_seq_length)
+    utils.warn_truncated(total_cut, len(examples[0]), max_seq_length, args.long_text)
     return counts.report(info.labels)
 
 

@@ -37,7 +37,7 @@ def parse_args(argv=None):
     add("--dataset_dir", required=True, help="folder with train.txt and label.txt")
     add("--model_name", required=True, help="model folder; its shape counts, not its weights")
     add("--torch_python", help="python with torch, transformers and accelerate")
-    add("--texts", type=utils.at_least(64), default=1600, help="training texts, the first ones")
+    add("--texts", type=utils.at_least(128), default=1600, help="training texts, the first ones")
     add("--rounds", type=utils.at_least(1), default=3, help="times that each system has its turn")
     return parser.parse_args(argv)
 

@@ -38,6 +38,7 @@ SCRIPTS = {
     "deploy/predictor/infer.py": ("infer", None),
     "benchmarks/onnx_speed.py": ("onnx_speed", None),
     "benchmarks/bundles.py": ("bundles", None),
+    "benchmarks/long_text.py": ("long_text", None),
 }
 
 
@@ -190,15 +191,43 @@ def test_baseline_on_the_real_set(shared, capsys):
     assert (result["micro_f1"], result["macro_f1"]) == (88.87, 72.54)
 
 
-def test_benchmarks_run(small_data, tiny_model, checkpoint, capsys):
-    import batching
+def test_predict_speed_benchmark(small_data, checkpoint, capsys):
     import predict_speed
 
     predict_speed.main(["--dataset_dir", str(small_data), "--params_path", str(checkpoint)])
     result = json.loads(capsys.readouterr().out)
     assert result["texts_with_other_labels"] == 0 and result["largest_logit_difference"] < 1e-4
-    batching.main(["--dataset_dir", str(small_data), "--model_name", str(tiny_model)])
-    assert json.loads(capsys.readouterr().out)["sorted_over_random"] > 0
+
+
+def test_training_speed_benchmark(tiny_model, capsys):
+    import training_speed
+
+    flags = ["--dataset_dir", str(REPO / "data"), "--model_name", str(tiny_model)]
+    training_speed.main([*flags, "--texts", "128", "--rounds", "1"])
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["system"] for row in rows] == list(training_speed.SYSTEMS)
+    assert all(row["samples_per_second"] > 0 for row in rows)
+
+
+def test_losses_benchmark(small_data, tiny_model, tmp_path, capsys, monkeypatch):
+    import losses
+
+    def in_this_process(script, flags, log):
+        importlib.import_module(Path(script).stem).main([str(flag) for flag in flags])
+
+    monkeypatch.setattr(losses, "run", in_this_process)
+    flags = ["--dataset_dir", str(small_data), "--model_name", str(tiny_model), "--seeds", "1", "2"]
+    flags += ["--work_dir", str(tmp_path), "--recipes", "bce", "asl_pos_weight"]
+    losses.main([*flags, "--train_flags", "--epochs 2 --learning_rate 1e-3 --batch_size 8"])
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    rules = ["threshold 0.5", "tuned for macro_f1", "tuned for both"]
+    assert [(r["loss"], r["rule"]) for r in rows] == [
+        (loss, rule) for loss in ("bce", "asl_pos_weight") for rule in rules
+    ]
+    for row in rows[1:]:
+        pairs = zip(row["macro_f1"]["seeds"], rows[0]["macro_f1"]["seeds"])
+        expected = [round(value - base, 2) for value, base in pairs]
+        assert row["macro_f1_gain"]["seeds"] == pytest.approx(expected, abs=0.011)
 
 
 def test_many_labels_benchmark(tmp_path, monkeypatch):
@@ -227,6 +256,22 @@ def test_many_labels_benchmark(tmp_path, monkeypatch):
     assert len(texts) == 3000 and counts[0] > 5 * counts[20] > 0 and max(counts) > 1900
     with pytest.raises(SystemExit):
         many_labels.parse_args(["--sizes", "10x"])
+
+
+def test_long_text_benchmark(checkpoint, capsys):
+    """Truncation misses the tails, windows find them."""
+    import long_text
+
+    flags = ["--dataset_dir", str(REPO / "data"), "--params_path", str(checkpoint)]
+    long_text.main([*flags, "--tails"])
+    cut, windows = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert cut["long_text"] == "truncate" and windows["long_text"] == "window"
+    assert cut["texts"] == cut["windows"] == windows["texts"] > 300
+    assert windows["windows"] >= 2 * windows["texts"]
+    assert windows["micro_recall"] > cut["micro_recall"] + 30
+    long_text.main(flags)
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["texts"] for row in rows] == [6, 6] and rows[1]["windows"] >= 12
 
 
 def test_data_quality_benchmarks(small_data, tiny_model, word_lists, tmp_path, capsys):

@@ -41,10 +41,15 @@ def test_files_and_names(bundle, checkpoint):
     assert [o.name for o in session.get_outputs()] == ["logits"]
 
 
-def test_bundle_onnx_and_model_agree_on_the_dev_set(bundle, checkpoint):
+@pytest.mark.parametrize("long_text", ["truncate", "window"])
+def test_bundle_onnx_and_model_agree_on_the_dev_set(bundle, checkpoint, long_text):
     texts, _ = utils.read_examples(SAMPLE / "dev.txt", utils.read_labels(SAMPLE / "label.txt"))
     model, info = export_model.load_checkpoint(checkpoint)
-    encoded, _ = utils.encode(texts, utils.load_tokenizer(bundle), info.max_seq_length)
+    if long_text == "window":
+        texts = [*texts[:80], *map("".join, utils.chunks(texts, 8))]
+    tokenizer = utils.load_tokenizer(bundle)
+    encoded, long = utils.encode(texts, tokenizer, info.max_seq_length, long_text)
+    assert long >= 50 if long_text == "window" else long < 20
     forwards = [
         export_model.dygraph_forward(model),
         export_model.static_forward(bundle / "float32"),

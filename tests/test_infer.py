@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import evaluate
 import infer
 import numpy as np
 import onnx
@@ -68,6 +69,36 @@ def test_result_is_that_of_predict(bundle, checkpoint, data, tmp_path, name):
     assert [list(row) for row in ours] == [list(row) for row in theirs] and len(ours) == 400
     scores = [[list(row.values()) for row in rows] for rows in (ours, theirs)]
     np.testing.assert_allclose(*scores, rtol=0, atol=1e-4)
+
+
+def test_windows_of_long_texts(bundle, checkpoint, data, tmp_path, run_cli):
+    """predict.py, infer.py, evaluate.py and the class agree; more is found than by truncation."""
+    parts = [text for text in DEV_TEXTS if 30 < len(text) < 120][:120]
+    texts = [*map("".join, utils.chunks(parts, 6)), *DEV_TEXTS[:10]]
+    (data / "data.txt").write_text("\n".join(texts) + "\n", encoding="utf-8")
+    flags = ["--device", "cpu", "--dataset_dir", data, "--params_path", checkpoint]
+    window = ["--long_text", "window"]
+    results = []
+    for main, args in ((infer.main, argv(bundle, data)), (predict.main, flags)):
+        status, log = run_cli(main, [*args, "--output_file", tmp_path / "o.txt", *window])
+        assert status == 0 and "tails are cut" not in log
+        message = "20 of 30 texts (66.7%) are longer than max_seq_length 128; they were split"
+        assert log.count(message) == 1
+        results.append((tmp_path / "o.txt").read_bytes())
+    assert results[0] == results[1]
+    _, label_ids = utils.read_examples(tmp_path / "o.txt", LABELS)
+    names, _ = predictor.Predictor(bundle / "float32", long_text="window").predict(texts)
+    assert [[LABELS[i] for i in ids] for ids in label_ids] == names
+    cut, _ = predictor.Predictor(bundle / "float32").predict(texts)
+    assert names[20:] == cut[20:]
+    found, more = (sum(map(len, some[:20])) for some in (cut, names))
+    assert more > 1.5 * found and all(set(a) <= set(b) for a, b in zip(cut, names))
+    # As gold labels they are what evaluate.py finds.
+    shutil.copy(tmp_path / "o.txt", data / "dev.txt")
+    flags += ["--skip_train", "--bad_case_path", tmp_path / "bad.txt", *window]
+    status, log = run_cli(evaluate.main, [*flags, "--json_path", tmp_path / "r.json"])
+    assert status == 0 and log.count("they were split into windows") == 1
+    assert utils.read_json(tmp_path / "r.json")["dev"]["subset_accuracy"] == 1
 
 
 def test_printed_labels(bundle, data, capfd):

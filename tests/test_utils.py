@@ -166,10 +166,75 @@ def test_truncation(tmp_path):
 
 
 def test_cut_texts_are_reported(capsys):
-    utils.warn_truncated(0, 8, 128)
-    assert not capsys.readouterr().err
-    utils.warn_truncated(2, 8, 128)
-    assert "2 of 8 texts (25.0%) are longer than max_seq_length 128" in capsys.readouterr().err
+    for long_text, what in (("truncate", "their tails are cut"), ("window", "split into windows")):
+        utils.warn_truncated(0, 8, 128, long_text)
+        assert not capsys.readouterr().err
+        utils.warn_truncated(2, 8, 128, long_text)
+        shown = capsys.readouterr().err
+        assert "2 of 8 texts (25.0%) are longer than max_seq_length 128" in shown and what in shown
+
+
+@pytest.fixture
+def digits(tmp_path):
+    """A tokenizer whose token i is the character chr(0x4E00 + i)."""
+    vocab = [*utils.SPECIAL_TOKENS, *(chr(0x4E00 + i) for i in range(5, 2000))]
+    return utils.load_tokenizer(make_folder(tmp_path, vocab))
+
+
+def numbered(length):
+    """A text of the tokens 5, 6, ..., which say where they stand."""
+    return "".join(chr(0x4E00 + 5 + i) for i in range(length))
+
+
+def test_windows_by_hand(digits):
+    """At most 10 tokens: 8 of the text, 2 of them again in the next window, the last one full."""
+    texts = [numbered(n) for n in (8, 9, 0, 16)]
+    encoded, split = utils.encode(texts, digits, 10, "window")
+    spans = [(ids[1] - 5, ids[-2] - 5) for ids in encoded if len(ids) > 2]
+    assert spans == [(0, 7), (0, 7), (1, 8), (0, 7), (6, 13), (8, 15)]
+    assert encoded.first == [0, 1, 3, 4] and split == 2
+    assert all(ids[0] == 1 and ids[-1] == 2 and ids.dtype == np.int32 for ids in encoded)
+
+
+@pytest.mark.parametrize("longest", [3, 4, 7, 10, 128])
+def test_windows_hold_every_token(digits, longest):
+    lengths = [*range(0, 40), *range(120, 132), 255, 256, 1000]
+    texts = [numbered(length) for length in lengths]
+    encoded, split = utils.encode(texts, digits, longest, "window")
+    truncated, cut = utils.encode(texts, digits, longest)
+    assert split == cut == sum(length > longest - 2 for length in lengths)
+    for i, length in enumerate(lengths):
+        windows = encoded[encoded.first[i] : [*encoded.first, len(encoded)][i + 1]]
+        assert windows[0].tolist() == truncated[i].tolist()
+        parts = [ids[1:-1].tolist() for ids in windows]
+        seen = sorted({token for part in parts for token in part})
+        assert seen == list(range(5, 5 + length))
+        if length > longest - 2:
+            assert {len(part) for part in parts} == {longest - 2}
+            shared = [len(set(a) & set(b)) for a, b in zip(parts, parts[1:])]
+            assert set(shared[:-1]) <= {(longest - 2) // 4} and shared[-1] >= (longest - 2) // 4
+        else:
+            assert len(parts) == 1
+
+
+def test_long_texts_are_tokenised_few_at_a_time(digits, monkeypatch):
+    """What the tokenizer returns takes far more memory than the ids."""
+    sizes = []
+
+    class Watched:
+        token_to_id = digits.token_to_id
+
+        def encode_batch(self, texts, **kwargs):
+            sizes.append(sum(map(len, texts)))
+            return digits.encode_batch(texts, **kwargs)
+
+    monkeypatch.setattr(utils, "ENCODE_CHARACTERS", 10_000)
+    texts = ["短", *[numbered(1900)] * 25, ""]
+    for long_text in ("truncate", "window"):
+        found, cut = utils.encode(texts, Watched(), 128, long_text)
+        assert cut == 25 and max(sizes) < 12_000 < sum(sizes)
+        expected = [utils.encode([text], digits, 128, long_text)[0] for text in texts]
+        assert list(map(list, found)) == [list(ids) for part in expected for ids in part]
 
 
 def test_vocabulary_without_special_tokens(tmp_path):
@@ -388,6 +453,16 @@ def test_logits_come_back_in_the_order_of_the_texts():
     encoded = toy_texts()
     logits = utils.logits_of(toy_forward, encoded, 8, 2)
     assert logits.tolist() == [[ids.sum(), len(ids)] for ids in encoded]
+
+
+def test_logits_of_windows_are_the_greatest_of_each_text():
+    windows, sizes = utils.Windows(), [3, 1, 1, 20, 7, 18]
+    windows += toy_texts()
+    windows.first = np.cumsum([0, *sizes[:-1]]).tolist()
+    one_by_one = [(ids.sum(), len(ids)) for ids in windows]
+    parts = np.split(np.array(one_by_one), windows.first[1:])
+    expected = [part.max(axis=0).tolist() for part in parts]
+    assert utils.logits_of(toy_forward, windows, 8, 2).tolist() == expected
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 9])

@@ -36,7 +36,7 @@ def parse_args(argv=None):
     add("--use_quantize", action="store_true", help="dynamic int8 (CPU only)")
     add("--num_threads", type=at_least(1), help="CPU threads; None: one per core")
     add("--batch_size", type=at_least(1), default=32, help="texts per forward pass")
-    utils.add_limit_flags(parser.add_argument_group("decision").add_argument, "the bundle's")
+    utils.add_decision_flags(parser, "the bundle's")
     add = parser.add_argument_group("data").add_argument
     add("--dataset_dir", required=True, help="folder of the files below")
     add("--data_file", default="data.txt", help="texts to label, one per line")
@@ -74,6 +74,7 @@ def new_predictor(args):
         tokenizer_path=args.model_name_or_path,
         min_labels=args.min_labels,
         max_labels=args.max_labels,
+        long_text=args.long_text,
     )
 
 
@@ -82,7 +83,7 @@ def perf(predictor, texts, label_ids):
     start = time.perf_counter()
     encoded, cut = predictor.encode(texts)
     tokenise_seconds = time.perf_counter() - start
-    utils.warn_truncated(cut, len(texts), predictor.max_seq_length)
+    utils.warn_truncated(cut, len(texts), predictor.max_seq_length, predictor.long_text)
     seconds = []
 
     def timed_forward(**batch):
@@ -96,9 +97,9 @@ def perf(predictor, texts, label_ids):
         pass
     num_labels = len(predictor.info.labels)
     counts = metric.MultiLabelCounts(num_labels)
-    for _, index, logits in utils.run_batches(timed_forward, encoded, predictor.batch_size):
-        decisions = metric.decode(metric.probabilities(logits), **predictor.info.rule)
-        counts.update(decisions, utils.multi_hot([label_ids[i] for i in index], num_labels))
+    logits = utils.logits_of(timed_forward, encoded, predictor.batch_size, num_labels)
+    decisions = metric.decode(metric.probabilities(logits), **predictor.info.rule)
+    counts.update(decisions, utils.multi_hot(label_ids, num_labels))
     total = sum(seconds)
     p50, p99 = 1000 * np.percentile(seconds, [50, 99])
     return {
@@ -130,7 +131,7 @@ def predict(predictor, texts):
         encoded, cut = predictor.encode(chunk)
         total, total_cut = total + len(chunk), total_cut + cut
         yield chunk, *predictor.decode(predictor.logits(encoded))
-    utils.warn_truncated(total_cut, total, predictor.max_seq_length)
+    utils.warn_truncated(total_cut, total, predictor.max_seq_length, predictor.long_text)
 
 
 def write_labels(predictor, texts, output_file, output_scores):

@@ -253,7 +253,8 @@ class Predictor:
     model_path_prefix: the static graph's path without its suffix, e.g. export/float32.
     precision: fp32, int8 (CPU) or fp16 (GPU). max_seq_length and tokenizer_path (a folder with
     vocab.txt) come from the bundle unless given; so do min_labels and max_labels (of a text; see
-    metric.decode). Raises UserError for a broken bundle.
+    metric.decode). long_text: "window" labels longer texts in overlapping windows, "truncate" cuts
+    them. Raises UserError for a broken bundle.
     """
 
     def __init__(
@@ -268,6 +269,7 @@ class Predictor:
         tokenizer_path=None,
         min_labels=None,
         max_labels=None,
+        long_text="truncate",
     ):
         folder = bundle_folder(model_path_prefix)
         check_device(device)
@@ -275,7 +277,7 @@ class Predictor:
         self.max_seq_length = max_seq_length or self.info.max_seq_length
         utils.check_length(self.max_seq_length, self.info.max_position)
         self.tokenizer = utils.load_tokenizer(tokenizer_path or folder, folder)
-        self.batch_size = batch_size
+        self.batch_size, self.long_text = batch_size, long_text
         logger.info(">>> [InferBackend] Creating Engine ...")
         logger.info(">>> [InferBackend] Use %s to inference ...", device.upper())
         if precision != "fp32":
@@ -285,8 +287,8 @@ class Predictor:
         logger.info(">>> [InferBackend] Engine Created ...")
 
     def encode(self, texts):
-        """Token ids; returns (list of arrays, number of texts that were cut)."""
-        return utils.encode(texts, self.tokenizer, self.max_seq_length)
+        """Token ids; returns (list of arrays or utils.Windows, number of longer texts)."""
+        return utils.encode(texts, self.tokenizer, self.max_seq_length, self.long_text)
 
     def logits(self, encoded):
         """Logits of encoded texts, float32 [texts, classes]."""
