@@ -37,7 +37,7 @@ SPECIAL_TOKENS = ("[PAD]", "[CLS]", "[SEP]", "[MASK]", "[UNK]")
 MAX_REPORTED = 10  # offending lines listed in one error message
 MAX_LINE = 500_000  # bytes; longer than any document, so the file has lost its line ends
 CHUNK = 8192  # texts that are read, encoded and sorted by length at a time
-CHUNK_CELLS = 1 << 24  # fewer with many labels: texts x labels of a chunk (float32: 64 MiB)
+CHUNK_CELLS = 1 << 22  # fewer with many labels: texts x labels of a chunk (float32: 16 MiB)
 ENCODE_CHARACTERS = 1 << 18  # tokenised at a time: an encoding holds much more than the ids
 # Share of a window that the next one repeats. A clause that is cut at a seam is whole in one of the
 # two: a quarter of 126 tokens is longer than nine of ten clauses of the real set.

@@ -76,9 +76,9 @@ def log_report(dev, train):
 
 def write_bad_cases(file, texts, label_ids, predicted, labels):
     """label_ids, predicted: class ids per text."""
-    for text, *ids in zip(texts, predicted, label_ids):
-        if set(ids[0]) != set(ids[1]):
-            names = (",".join(labels[i] for i in some) for some in ids)
+    for text, given, gold in zip(texts, predicted, label_ids):
+        if set(given) != set(gold):
+            names = (",".join(labels[i] for i in ids) for ids in (given, gold))
             file.write("\t".join([*names, text]) + "\n")
 
 
