@@ -168,18 +168,28 @@ def best_threshold(probs, targets, gain=None):
     return float(candidates[nearest]), float(f1[nearest])
 
 
-def micro_f1_gain(probs, targets):
+def micro_f1_gain(probs, targets, thresholds):
     """For best_threshold: what a class adds to micro F1, in units of its share of macro F1.
 
     probs, targets: [samples, classes]. Micro F1 is a quotient of sums over the classes, F = A / B;
     a class raises it as far as it raises A - F B (Dinkelbach 1967, "On nonlinear fractional
-    programming"), F and B being those of DEFAULT_THRESHOLD.
+    programming"), F and B being those of the given thresholds.
     """
     counts = MultiLabelCounts(targets.shape[1])
-    counts.update(decode(probs), targets)
+    counts.update(decode(probs, thresholds), targets)
     f1 = counts.micro_f1
     scale = targets.shape[1] / max(1, (2 * counts.tp + counts.fp + counts.fn).sum())
     return lambda tp, fp, fn: scale * (2 * tp - f1 * (2 * tp + fp + fn))
+
+
+def _best_thresholds(probs, targets, rows, gains):
+    """best_threshold of every class for each selection of rows, [len(rows), classes]."""
+    chosen = np.empty((len(rows), targets.shape[1]))
+    for c in range(targets.shape[1]):  # one pass over the columns, scattered in memory
+        scores, gold = np.ascontiguousarray(probs[:, c]), np.ascontiguousarray(targets[:, c])
+        for i, (selected, gain) in enumerate(zip(rows, gains)):
+            chosen[i, c] = best_threshold(scores[selected], gold[selected], gain)[0]
+    return chosen
 
 
 def tune_thresholds(probs, targets, folds=5, seed=3, target="macro_f1", **limits):
@@ -198,16 +208,11 @@ def tune_thresholds(probs, targets, folds=5, seed=3, target="macro_f1", **limits
     if len(targets) < folds:
         raise ValueError(f"{len(targets)} samples are too few for {folds} folds")
     fold_of = np.random.default_rng(seed).permutation(len(targets)) % folds
-    chosen = np.empty((folds + 1, targets.shape[1]))
-    gains = [None] * (folds + 1)  # no sample is in the last fold
+    rows = [fold_of != fold for fold in range(folds + 1)]  # no sample is in the last fold
+    chosen = _best_thresholds(probs, targets, rows, [None] * len(rows))
     if target == "both":
-        rows = [fold_of != fold for fold in range(folds + 1)]
-        gains = [micro_f1_gain(probs[others], targets[others]) for others in rows]
-    for c in range(targets.shape[1]):  # one pass over the columns, which are scattered in memory
-        scores, gold = np.ascontiguousarray(probs[:, c]), np.ascontiguousarray(targets[:, c])
-        for fold, gain in enumerate(gains):
-            others = fold_of != fold
-            chosen[fold, c] = best_threshold(scores[others], gold[others], gain)[0]
+        gains = [micro_f1_gain(probs[r], targets[r], best) for r, best in zip(rows, chosen)]
+        chosen = _best_thresholds(probs, targets, rows, gains)
     held_out = MultiLabelCounts(targets.shape[1])
     for fold in range(folds):
         inside = fold_of == fold

@@ -290,3 +290,29 @@ def test_time_is_linear():
     probs = np.random.default_rng(1).random((6, 10_000)).astype(np.float32)
     thresholds, _ = metric.tune_thresholds(probs, probs > 0.4)
     assert len(thresholds) == 10_000
+
+
+def test_thresholds_for_both_averages():
+    """A rare class whose best F1 takes many false labels gets fewer of them; micro F1 is higher."""
+    rng = np.random.default_rng(0)
+    targets = rng.random((2000, 12)) < [0.1] * 2 + [0.02] * 10
+    noise = rng.normal(size=targets.shape) * ([0.5] * 2 + [1.5] * 10)
+    probs = metric.probabilities(2 * targets - 2 + noise)
+    figures = {}
+    for target in ("macro_f1", "both"):
+        thresholds, _ = metric.tune_thresholds(probs, targets, target=target)
+        counts = metric.MultiLabelCounts(12)
+        counts.update(metric.decode(probs, thresholds), targets)
+        figures[target] = counts
+    macro, both = figures["macro_f1"], figures["both"]
+    assert both.micro_f1 > macro.micro_f1 + 0.01 and both.macro_f1 < macro.macro_f1
+    assert both.micro_f1 + both.macro_f1 > macro.micro_f1 + macro.macro_f1
+    assert both.fp[2:].sum() < macro.fp[2:].sum()
+
+
+def test_one_class_is_tuned_alike_for_both_averages():
+    rng = np.random.default_rng(0)
+    targets = rng.random((300, 1)) < 0.2
+    probs = metric.probabilities(2 * targets - 1 + rng.normal(size=targets.shape))
+    chosen = [metric.tune_thresholds(probs, targets, target=t)[0] for t in ("macro_f1", "both")]
+    assert chosen[0] == chosen[1]
