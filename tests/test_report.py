@@ -142,6 +142,12 @@ def points_of(path):
     return (points - [34, 138]) / [180, -130]
 
 
+def decided_f1(probs, targets, threshold):
+    counts = metric.MultiLabelCounts(probs.shape[1])
+    counts.update(metric.decode(probs, threshold), targets)
+    return counts.micro_f1
+
+
 @pytest.mark.parametrize("texts", [20, 5000])
 def test_curves_go_through_the_true_points(texts):
     targets, probs = random_set(texts, 2, rate=0.5)
@@ -150,14 +156,22 @@ def test_curves_go_through_the_true_points(texts):
     assert len(pr) <= 2 * report.POINTS and len(f1) <= report.POINTS
     precision, recall, _ = precision_recall_curve(targets[:, 1], probs[:, 1])
     truth = np.stack([recall, precision], axis=1)
-    for point in pr[::2]:  # between them are the corners of the steps
+    for point in pr[::2]:
         assert np.abs(truth - point).max(axis=1).min() < 1e-3
+    corners = np.stack([pr[2::2, 0], pr[:-1:2, 1]], axis=1)  # in steps from right to left
+    assert (pr[1::2] == corners).all()
     np.testing.assert_allclose(pr[[0, -1]], truth[[0, -1]], atol=1e-3)
     for threshold, value in f1:
         threshold = round(threshold * (report.POINTS - 1)) / (report.POINTS - 1)
-        counts = metric.MultiLabelCounts(1)
-        counts.update(metric.decode(probs[:, 1:], threshold), targets[:, 1:])
-        assert value == pytest.approx(counts.micro_f1, abs=1e-3)
+        expected = decided_f1(probs[:, 1:], targets[:, 1:], threshold)
+        assert value == pytest.approx(expected, abs=1e-3)
+
+
+def test_f1_at_a_threshold_that_is_a_probability():
+    targets, probs = random_set(50, 2)
+    thresholds = [*probs[:20, 1], 0.0, 1.0]
+    expected = [decided_f1(probs[:, 1:], targets[:, 1:], threshold) for threshold in thresholds]
+    assert report.f1_at(probs[:, 1], targets[:, 1], thresholds) == pytest.approx(expected)
 
 
 def test_label_pairs_against_counting(monkeypatch):
