@@ -329,7 +329,7 @@ def english(minilm, tmp_path_factory):
     """A folder with a MiniLM checkpoint and its bundle, and the figures of the benchmark."""
     folder = tmp_path_factory.mktemp("english")
     flags = ["--model_name", minilm, "--work_dir", folder]
-    flags += ["--num_train", 160, "--num_dev", 48, "--epochs", 4, "--learning_rate", 5e-4]
+    flags += ["--num_train", 640, "--num_dev", 48, "--epochs", 1, "--learning_rate", 5e-4]
     with contextlib.redirect_stdout(io.StringIO()) as out:
         pretrained.main([str(flag) for flag in flags])
     lines = map(json.loads, out.getvalue().splitlines())
