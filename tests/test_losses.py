@@ -2,10 +2,12 @@
 
 import numpy as np
 import paddle
+import paddle.nn.functional as F
 import pytest
 from test_train import argv, records, same_weights, weights
 
 import train
+from export_model import build_model
 
 LOGITS = np.array([[-9.0, -1.0, 0.0, 0.5], [3.0, 12.0, -4.0, -0.2]], dtype=np.float32)
 TARGETS = np.array([[0, 1, 1, 0], [1, 1, 0, 0]], dtype=np.float32)
@@ -92,3 +94,36 @@ def test_metric_for_best(small_data, tiny_model, tmp_path, monkeypatch, run_cli,
     monkeypatch.setattr(train, "evaluate", lambda *_: next(steps))
     train.main(argv(small_data, tiny_model, tmp_path / "b", *extra))
     assert same_weights(tmp_path / "a", tmp_path / "b") and weights(tmp_path / "a")
+
+
+def test_fast_dropout():
+    """The right share is dropped, the rest scaled, backward alike; Paddle's own is back after."""
+    original = F.dropout
+    x = paddle.ones([400, 500])
+    x.stop_gradient = False
+    with train.fast_dropout(1):
+        y = F.dropout(x, 0.3)
+        assert F.dropout(x, 0.3, training=False) is x and F.dropout(x, 0.0) is x
+        assert float(F.dropout(x, 1.0).abs().sum()) == 0
+    assert F.dropout is original
+    y.sum().backward()
+    values = y.numpy()
+    assert np.unique(values) == pytest.approx([0, 1 / 0.7], abs=1e-4)
+    assert (values == 0).mean() == pytest.approx(0.3, abs=0.005)
+    assert values.mean() == pytest.approx(1, abs=0.01)
+    np.testing.assert_array_equal(x.grad.numpy(), values)
+
+
+def test_fast_dropout_is_the_only_one(tiny_model):
+    """A model in training draws nothing from Paddle's generator: NumPy's seed decides alone."""
+    model = build_model(tiny_model, 5)
+    model.train()
+    ids = paddle.to_tensor(np.arange(5, 29).reshape(2, 12))
+
+    def logits(numpy_seed, paddle_seed):
+        paddle.seed(paddle_seed)
+        with train.fast_dropout(numpy_seed), paddle.no_grad():
+            return model(ids, paddle.zeros_like(ids)).numpy()
+
+    np.testing.assert_array_equal(logits(1, 1), logits(1, 2))
+    assert np.abs(logits(1, 1) - logits(2, 1)).max() > 1e-3
