@@ -166,6 +166,10 @@ def build_model(folder, num_labels):
     positions = description.get("position_embedding_type", "absolute")
     check_support(path, "position_embedding_type", positions, ["absolute"])
     check_support(path, "pad_token_id", description.get("pad_token_id", 0), [0])  # see utils.pad
+    for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
+        rate = description.get(name, 0.1)
+        if not (isinstance(rate, int | float) and 0 <= rate < 1):
+            raise UserError(f"{path}: {name} {rate!r} is no rate of at least 0 and below 1")
     prefix = MODEL_CLASSES[model_type]
     config_class = getattr(transformers, f"{prefix}Config")
     model_class = getattr(transformers, f"{prefix}ForSequenceClassification")
@@ -182,7 +186,15 @@ def build_model(folder, num_labels):
         if width_mult := description.get("width_mult"):  # written by prune.py
             cut_model(model, Fraction(width_mult))
         return model
-    except (AssertionError, AttributeError, TypeError, ValueError) as error:
+    except (
+        ArithmeticError,
+        AssertionError,
+        AttributeError,
+        MemoryError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
         raise UserError(f"{path}: no valid model description ({error})") from error
 
 
@@ -282,8 +294,10 @@ def read_safetensors(folder):
     if not files[0].exists():
         if index.exists():
             shards = read_json(index).get("weight_map")
-            names = shards.values() if isinstance(shards, dict) else []
-            files = [folder / name for name in sorted(set(map(str, names)))]
+            names = sorted(set(map(str, shards.values()))) if isinstance(shards, dict) else []
+            if not names or not all(re.fullmatch(r"[\w.-]+\.safetensors", name) for name in names):
+                raise UserError(f"{index}: weight_map does not name files of this folder")
+            files = [folder / name for name in names]
         elif pickles := sorted(folder.glob("pytorch_model*.bin")):
             raise UserError(
                 f"{pickles[0]}: a pickle, which can run any code when it is read; convert it to "

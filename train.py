@@ -88,6 +88,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.warmup_steps and not args.warmup:
         raise UserError("--warmup_steps needs --warmup")
+    if args.dropout is not None and args.dropout >= 1:
+        raise UserError(f"--dropout {args.dropout}: a rate is at least 0 and below 1")
     if args.amp and args.device == "cpu":
         raise UserError("--amp needs a GPU; leave it out with --device cpu")
     return args
@@ -377,7 +379,7 @@ def make_optimizer(args, model, total_steps):
 def fast_dropout(seed):
     """Dropout on the CPU with masks drawn by NumPy inside the block.
 
-    Paddle draws a float per element with a Mersenne twister, which takes a quarter of a step; here
+    Paddle draws a float per element with a Mersenne twister, which takes a fifth of a step; here
     16 random bits decide, so a rate is rounded to a multiple of 1 / 65536.
     """
     original, rng = F.dropout, np.random.Generator(np.random.SFC64(seed))

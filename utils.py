@@ -304,21 +304,6 @@ def multi_hot(label_ids, num_labels):
 _SYMBOLS = Regex(r"[\p{S}\u00B2\u00B5\u00BA\u00D8\u014B\u01B1\u3007]")
 
 
-def read_vocab(folder):
-    """{token: id} of vocab.txt or, where that is missing, of Hugging Face's tokenizer.json."""
-    path, other = Path(folder) / "vocab.txt", Path(folder) / "tokenizer.json"
-    if other.exists() and not path.exists():
-        model = read_json(other).get("model")
-        vocab = model.get("vocab") if isinstance(model, dict) else None
-        if isinstance(vocab, dict) and sorted(vocab.values()) == list(range(len(vocab))):
-            return vocab
-        raise UserError(f"{other}: holds no BERT-style vocabulary; put vocab.txt beside it")
-    lines = Lines(path)
-    vocab = {token: lines.number - 1 for token in lines}
-    lines.check()
-    return vocab
-
-
 def load_tokenizer(folder, model_folder=None):
     """The tokenizer of a model folder: for ERNIE the same token ids as PaddleNLP's, for BERT as
     Hugging Face's.
@@ -328,7 +313,9 @@ def load_tokenizer(folder, model_folder=None):
     """
     path = Path(folder) / "vocab.txt"
     configs = Path(model_folder or folder) / CONFIG_FILE, Path(folder) / "tokenizer_config.json"
-    vocab = read_vocab(folder)
+    lines = Lines(path)
+    vocab = {token: lines.number - 1 for token in lines}
+    lines.check()
     missing = [token for token in SPECIAL_TOKENS if token not in vocab]
     if missing:
         raise UserError(f"{path}: {', '.join(missing)} missing; not a BERT-style vocabulary")
@@ -348,7 +335,10 @@ def load_tokenizer(folder, model_folder=None):
     else:
         split = pre_tokenizers.Split(_SYMBOLS, "isolated")
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, tokenizer.pre_tokenizer])
-    tokenizer.normalizer = normalizers.BertNormalizer(**rule)
+    try:
+        tokenizer.normalizer = normalizers.BertNormalizer(**rule)
+    except TypeError as error:
+        raise UserError(f"{configs[1]}: a tokenizer setting is not true or false") from error
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
     return tokenizer
 
@@ -450,11 +440,13 @@ def logits_of(forward, encoded, batch_size, num_labels, desc=None):
 
     For `Windows` the examples are the texts, and the windows of all texts are batched together.
     """
-    logits = np.empty((len(encoded), num_labels), dtype=np.float32)
-    for _, index, batch_logits in run_batches(forward, encoded, batch_size, desc=desc):
-        logits[index] = batch_logits
+    owner = np.arange(len(encoded))  # the example that an array of ids belongs to
     if isinstance(encoded, Windows):
-        return np.maximum.reduceat(logits, np.array(encoded.first, dtype=np.intp))
+        owner = np.searchsorted(encoded.first, owner, side="right") - 1
+    size = (owner[-1] + 1 if len(owner) else 0, num_labels)
+    logits = np.full(size, -np.inf, dtype=np.float32)
+    for _, index, batch_logits in run_batches(forward, encoded, batch_size, desc=desc):
+        np.maximum.at(logits, owner[index], batch_logits)  # a text may have several rows
     return logits
 
 
@@ -521,8 +513,8 @@ def read_model_info(folder):
         if thresholds is not None:
             thresholds = [float(threshold) for threshold in thresholds]
         lengths = int(config["max_seq_length"]), int(config["max_position_embeddings"])
-        limits = config.get("min_labels") or 0, config.get("max_labels")
-        if not {type(limit) for limit in limits} <= {int, type(None)}:
+        limits = config.get("min_labels", 0), config.get("max_labels")
+        if type(limits[0]) is not int or type(limits[1]) not in (int, type(None)):
             raise TypeError("min_labels or max_labels")
     except (KeyError, TypeError, ValueError) as error:
         hint = "was the model made by train.py?"
@@ -629,10 +621,6 @@ def copy_tokenizer(source, target):
     for name in TOKENIZER_FILES:
         if (source / name).exists():
             shutil.copyfile(source / name, target / name)
-    if not (target / "vocab.txt").exists():  # of a Hugging Face folder
-        vocab = read_vocab(source)
-        text = "".join(f"{token}\n" for token in sorted(vocab, key=vocab.get))
-        (target / "vocab.txt").write_text(text, encoding="utf-8")
     if not (target / "tokenizer_config.json").exists():  # PaddleNLP cannot load it without
         config = source / CONFIG_FILE
         kind = read_json(config).get("model_type") if config.exists() else None

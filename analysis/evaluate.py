@@ -38,7 +38,7 @@ def parse_args(argv=None):
     page = "write an HTML page there: tables, curves, thresholds, confused labels, worst texts"
     add("--report_path", help=page)
     add("--tune_thresholds", action="store_true", help="choose one threshold per label on dev")
-    target = "what tuning raises; both: the sum of macro and micro F1"
+    target = "what tuning raises; both: macro and micro F1 together"
     add("--tune_for", choices=["macro_f1", "both"], default="macro_f1", help=target)
     add("--save_thresholds", action="store_true", help="store the tuned ones in the checkpoint")
     return parser.parse_args(argv)
@@ -139,7 +139,8 @@ def write_page(args, info, reports, texts, label_ids, kept):
     rule = f"probability > {metric.DEFAULT_THRESHOLD} (default)"
     if info.thresholds is not None:
         rule = "probability > the label's tuned threshold (on the set they come from: optimistic)"
-    rule += "".join(f"; {name} {value}" for name, value in info.limits.items() if value)
+    if info.min_labels or info.max_labels is not None:
+        rule += "".join(f"; {name} {value}" for name, value in info.limits.items())
     about = {
         "Set": str(Path(args.dataset_dir) / args.dev_file),
         "Checkpoint": args.params_path,
@@ -166,6 +167,8 @@ def main(argv=None):
     args = parse_args(argv)
     if args.save_thresholds and not args.tune_thresholds:
         raise UserError("--save_thresholds needs --tune_thresholds")
+    if args.tune_for != "macro_f1" and not args.tune_thresholds:
+        raise UserError("--tune_for needs --tune_thresholds")
     data = Path(args.dataset_dir)
     info = utils.read_model_info(args.params_path).with_limits(args.min_labels, args.max_labels)
     utils.check_labels(data, args.label_file, info.labels)

@@ -22,6 +22,7 @@ POINTS = 100  # of a curve
 PAIRS = 50  # rows of a table of label pairs
 CASES = 100  # texts that are labelled wrongly
 CASE_LABELS = 20  # labels that are listed for one of them
+CASE_TEXT = 2000  # characters of a text
 BLOCK = 256  # labels whose pairs are counted at a time
 KEYS = ("precision", "recall", "f1")
 SETS = {"dev": "dev", "train": "train", "out_of_sample": "dev, tuned thresholds, out of sample"}
@@ -210,6 +211,8 @@ def case(text, gold, given, wrong, labels, thresholds):
         for i, is_given, probability in wrong[:CASE_LABELS]
     )
     ids = {i for i, *_ in wrong}
+    if len(text) > CASE_TEXT:
+        text = f"{text[:CASE_TEXT]} … ({len(text)} characters)"
     return (
         f"<article><blockquote>{escape(text)}</blockquote>"
         f"<div>Gold: {tags(gold, labels, ids)}</div>"

@@ -242,6 +242,7 @@ def test_stored_thresholds_stay_between_0_and_1(tmp_path):
 # ---------------------------------------------------------------------------------------- errors
 BAD_LINE = "a\t婚后有子女\nb\tx\nc\n"
 FAULTS = {
+    "target without tune": ({}, ["--tune_for", "both"], "--tune_for needs --tune_thresholds"),
     "save without tune": ({}, ["--save_thresholds"], "--save_thresholds needs --tune_thresholds"),
     "no train file": ({"train.txt": None}, [], "train.txt: No such file"),
     "no dev file": ({"dev.txt": None}, [], "dev.txt: No such file"),

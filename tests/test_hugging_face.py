@@ -416,23 +416,6 @@ def test_missing_pooler_is_told_once(source, arrays, write, capsys):
     assert "pooler" not in capsys.readouterr().err
 
 
-def test_vocabulary_of_tokenizer_json(arrays, write, small_data, tmp_path):
-    """Newer conversions have no vocab.txt; the checkpoint has one, for every reader."""
-    folder = write(arrays)
-    expected = batch_of(folder)["input_ids"]
-    utils.load_tokenizer(folder).save(str(folder / "tokenizer.json"))
-    vocab = (folder / "vocab.txt").read_bytes()
-    (folder / "vocab.txt").unlink()
-    assert np.array_equal(batch_of(folder)["input_ids"], expected)
-    flags = f"--device cpu --dataset_dir {small_data} --model_name {folder} --epochs 1"
-    train.main(f"{flags} --save_dir {tmp_path / 'checkpoint'}".split())
-    assert (tmp_path / "checkpoint" / "vocab.txt").read_bytes() == vocab
-    for content in ('{"model": {"vocab": [["a", 0.1]]}}', '{"model": {"vocab": {"a": 7}}}', "{}"):
-        (folder / "tokenizer.json").write_text(content)
-        with pytest.raises(utils.UserError, match="tokenizer.json: holds no BERT-style vocab"):
-            utils.load_tokenizer(folder)
-
-
 # ------------------------------------------------------------------------------- what is refused
 @pytest.mark.parametrize(
     "changes, message",

@@ -310,6 +310,16 @@ def test_thresholds_for_both_averages():
     assert both.fp[2:].sum() < macro.fp[2:].sum()
 
 
+def test_a_hopeless_class_is_never_given_for_both_averages():
+    """Its only positive has the lowest score: any cut that finds it lets everything in."""
+    targets = np.zeros((100, 2), dtype=bool)
+    targets[:50, 0], targets[99, 1] = True, True
+    probs = np.stack([np.where(targets[:, 0], 0.9, 0.1), np.linspace(0.4, 0.2, 100)], axis=1)
+    thresholds, _ = metric.tune_thresholds(probs, targets, target="both")
+    assert thresholds[1] == 1 and metric.decode(probs, thresholds).sum() == 50
+    assert metric.tune_thresholds(probs, targets)[0][1] < 0.4
+
+
 def test_one_class_is_tuned_alike_for_both_averages():
     rng = np.random.default_rng(0)
     targets = rng.random((300, 1)) < 0.2

@@ -183,6 +183,13 @@ def test_early_stop(small_data, tiny_model, tmp_path, run_cli):
     assert len(records(tmp_path, "eval")) == 3
 
 
+def test_dropout_rate_of_one(small_data, tiny_model, tmp_path, run_cli):
+    flags = argv(small_data, tiny_model, tmp_path / "save", "--dropout", "1.0")
+    status, error = run_cli(train.main, flags)
+    assert status == 2 and error == "error: --dropout 1.0: a rate is at least 0 and below 1\n"
+    assert not (tmp_path / "save").exists()
+
+
 def test_dropout_flag_is_kept_in_the_config(small_data, tiny_model, tmp_path):
     train.main(argv(small_data, tiny_model, tmp_path, "--epochs", "1", "--dropout", "0.3"))
     assert utils.read_json(tmp_path / "config.json")["hidden_dropout_prob"] == 0.3

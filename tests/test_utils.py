@@ -6,6 +6,7 @@ import random
 import shutil
 import statistics
 import sys
+import tracemalloc
 import unicodedata
 import unittest
 
@@ -453,6 +454,22 @@ def test_logits_come_back_in_the_order_of_the_texts():
     encoded = toy_texts()
     logits = utils.logits_of(toy_forward, encoded, 8, 2)
     assert logits.tolist() == [[ids.sum(), len(ids)] for ids in encoded]
+
+
+def test_windows_take_no_memory_for_their_logits():
+    """40 texts of 500 windows and 1000 labels: the logits of all windows would be 80 MB."""
+    windows = utils.Windows()
+    windows.first = list(range(0, 20_000, 500))
+    windows += [np.array([2, i % 7, 3], dtype=np.int32) for i in range(20_000)]
+
+    def forward(input_ids, token_type_ids):
+        return np.repeat(input_ids[:, 1:2], 1000, axis=1).astype(np.float32)
+
+    tracemalloc.start()
+    logits = utils.logits_of(forward, windows, 32, 1000)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert logits.shape == (40, 1000) and (logits == 6).all() and peak < 2**24
 
 
 def test_logits_of_windows_are_the_greatest_of_each_text():

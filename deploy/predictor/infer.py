@@ -80,11 +80,9 @@ def new_predictor(args):
 
 def perf(predictor, texts, label_ids):
     """F1 and speed from one pass; returns them as a dict (milliseconds and texts per second)."""
-    start = time.perf_counter()
-    encoded, cut = predictor.encode(texts)
-    tokenise_seconds = time.perf_counter() - start
-    utils.warn_truncated(cut, len(texts), predictor.max_seq_length, predictor.long_text)
-    seconds = []
+    seconds, tokenise_seconds, total_cut = [], 0.0, 0
+    num_labels = len(predictor.info.labels)
+    counts, size = metric.MultiLabelCounts(num_labels), utils.chunk_size(num_labels)
 
     def timed_forward(**batch):
         start = time.perf_counter()
@@ -92,14 +90,20 @@ def perf(predictor, texts, label_ids):
         seconds.append(time.perf_counter() - start)
         return logits
 
-    warm_up = utils.run_batches(predictor.forward, encoded, predictor.batch_size)
-    for _ in itertools.islice(warm_up, WARM_UP):
-        pass
-    num_labels = len(predictor.info.labels)
-    counts = metric.MultiLabelCounts(num_labels)
-    logits = utils.logits_of(timed_forward, encoded, predictor.batch_size, num_labels)
-    decisions = metric.decode(metric.probabilities(logits), **predictor.info.rule)
-    counts.update(decisions, utils.multi_hot(label_ids, num_labels))
+    for rows in (slice(start, start + size) for start in range(0, len(texts), size)):
+        start = time.perf_counter()
+        encoded, cut = predictor.encode(texts[rows])
+        tokenise_seconds, total_cut = (
+            tokenise_seconds + time.perf_counter() - start,
+            total_cut + cut,
+        )
+        warm_up = utils.run_batches(predictor.forward, encoded, predictor.batch_size)
+        for _ in itertools.islice(warm_up, 0 if seconds else WARM_UP):
+            pass
+        logits = utils.logits_of(timed_forward, encoded, predictor.batch_size, num_labels)
+        decisions = metric.decode(metric.probabilities(logits), **predictor.info.rule)
+        counts.update(decisions, utils.multi_hot(label_ids[rows], num_labels))
+    utils.warn_truncated(total_cut, len(texts), predictor.max_seq_length, predictor.long_text)
     total = sum(seconds)
     p50, p99 = 1000 * np.percentile(seconds, [50, 99])
     return {

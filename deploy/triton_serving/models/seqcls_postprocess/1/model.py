@@ -54,7 +54,7 @@ class TritonPythonModel:
         counts = decisions.sum(axis=1)
         wanted = np.clip(counts, self.min_labels, self.max_labels)
         rows = np.flatnonzero(wanted != counts)
-        # In float64 the difference of float32 numbers is exact: rounding makes no ties.
+        # Float64 keeps apart what float32 would round to equal differences.
         missing = self.thresholds - probs[rows].astype(np.float64)
         order = np.argsort(missing, axis=1, kind="stable")
         best = np.zeros_like(decisions[rows])
