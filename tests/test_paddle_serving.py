@@ -428,9 +428,10 @@ def test_sigterm_under_load_answers_what_was_accepted(own_server, expected):
     assert one.process.wait(timeout=60) == 0
     for thread in threads:
         thread.join()
-    # What was under way at that moment has been answered; only later requests were refused.
+    # What was under way at that moment has been answered; only later requests were refused, and
+    # such as had just been sent: on a busy machine they may not have reached the server.
     assert sum(start < stop for start, *_ in answers) > 16
-    assert len(refused) == 8 and all(start > stop for start, _ in refused), (stop, refused)
+    assert len(refused) == 8 and all(start > stop - 0.1 for start, _ in refused), (stop, refused)
     for _, chunk, answer in answers:
         check(answer, expected[chunk])
     one.assert_gone()

@@ -154,9 +154,8 @@ def test_least_and_most_labels(run, limited):
     checkpoint, _, texts, expected = limited
     rows = rows_of(run(texts, *LIMITS, params_path=checkpoint))
     assert [row[1].split(",") for row in rows] == expected
-    plain = rows_of(run(texts, params_path=checkpoint))
-    assert {row[1].count(",") for row in plain} >= {0, 1, 2} and ["", ""] not in plain
-    assert any(not row[1] for row in plain)
+    plain = [row[1] for row in rows_of(run(texts, params_path=checkpoint))]
+    assert "" in plain and max(names.count(",") for names in plain) > 1
 
 
 def test_sequence_length(run, checkpoint, capsys):
@@ -313,7 +312,7 @@ def test_the_label_file_may_be_missing(folder, run_cli):
 
 @pytest.mark.parametrize("fault", ["Ctrl-C", "full disk"])
 def test_old_output_stays(folder, run_cli, monkeypatch, fault):
-    def stop(*args):
+    def stop(*args, **kwargs):
         raise KeyboardInterrupt if fault == "Ctrl-C" else OSError(errno.ENOSPC, "No space left")
 
     path, flags = folder
