@@ -433,6 +433,9 @@ def test_missing_pooler_is_told_once(source, arrays, write, capsys):
         ({"hidden_size": 64}, "has shape"),
         ({"layer_norm_eps": 0.1}, "layer_norm_eps 0.1 is not between 0 and 1e-3"),
         ({"num_attention_heads": 3}, "no valid model description"),
+        ({"hidden_dropout_prob": 1.5}, "hidden_dropout_prob 1.5 is no rate of at least 0"),
+        ({"attention_probs_dropout_prob": "a"}, "attention_probs_dropout_prob 'a' is no rate"),
+        ({"width_mult": "1/0"}, "no valid model description"),
     ],
 )
 def test_descriptions_that_do_not_fit(
@@ -446,6 +449,23 @@ def assert_refused(folder, small_data, run_cli, tmp_path, message):
     status, err = run_cli(train.main, [*flags, "--save_dir", tmp_path / "checkpoint"])
     assert status == 2 and message in err and "Traceback" not in err, err
     assert len(err.strip().splitlines()) == 1 and not (tmp_path / "checkpoint").exists()
+
+
+@pytest.mark.parametrize("names", [[], ["../x.safetensors"], ["/dev/zero"], ["x\0.safetensors"]])
+def test_shards_elsewhere(arrays, write, small_data, run_cli, tmp_path, names):
+    folder = write(arrays)
+    (folder / "model.safetensors").unlink()
+    index = {"weight_map": {str(i): name for i, name in enumerate(names)}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    message = "index.json: weight_map does not name files of this folder"
+    assert_refused(folder, small_data, run_cli, tmp_path, message)
+
+
+def test_tokenizer_settings_that_are_no_booleans(arrays, write, small_data, run_cli, tmp_path):
+    folder = write(arrays)
+    (folder / "tokenizer_config.json").write_text('{"do_lower_case": "false"}')
+    message = "tokenizer_config.json: a tokenizer setting is not true or false"
+    assert_refused(folder, small_data, run_cli, tmp_path, message)
 
 
 def test_files_that_cannot_be_read(arrays, write, small_data, run_cli, tmp_path):

@@ -220,6 +220,12 @@ def test_nothing_wrong_and_nothing_gold():
     assert nothing.figures == [] and nothing.column("labels", "average_precision") == ["–"] * 3
 
 
+def test_long_texts_are_shortened():
+    targets, probs = random_set(3, 2)
+    html = render(targets, 1 - targets.astype(np.float32), list("ab"), texts=["文" * 400_000] * 3)
+    assert len(html) < 50_000 and f"{'文' * 2000} … (400000 characters)" in html
+
+
 # ------------------------------------------------------------------------------------ the document
 def test_hostile_labels_and_texts():
     targets, probs = random_set(30, 4)
