@@ -244,6 +244,7 @@ def load_checkpoint(params_path):
     return model, info
 
 
+# -------------------------------------------------------------------- what a training starts from
 def load_pretrained(name, labels, work_dir):
     """Returns (model, folder with its tokenizer files) for a local folder or a PaddleNLP name.
 

@@ -440,13 +440,16 @@ def logits_of(forward, encoded, batch_size, num_labels, desc=None):
 
     For `Windows` the examples are the texts, and the windows of all texts are batched together.
     """
-    owner = np.arange(len(encoded))  # the example that an array of ids belongs to
-    if isinstance(encoded, Windows):
-        owner = np.searchsorted(encoded.first, owner, side="right") - 1
-    size = (owner[-1] + 1 if len(owner) else 0, num_labels)
-    logits = np.full(size, -np.inf, dtype=np.float32)
+    if not isinstance(encoded, Windows):
+        logits = np.empty((len(encoded), num_labels), dtype=np.float32)
+        for _, index, batch_logits in run_batches(forward, encoded, batch_size, desc=desc):
+            logits[index] = batch_logits
+        return logits
+    text_of = np.searchsorted(encoded.first, np.arange(len(encoded)), side="right") - 1
+    # Merged batch by batch, since the logits of all windows may be many times those of the texts.
+    logits = np.full((len(encoded.first), num_labels), -np.inf, dtype=np.float32)
     for _, index, batch_logits in run_batches(forward, encoded, batch_size, desc=desc):
-        np.maximum.at(logits, owner[index], batch_logits)  # a text may have several rows
+        np.maximum.at(logits, text_of[index], batch_logits)
     return logits
 
 
