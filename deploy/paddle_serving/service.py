@@ -123,7 +123,7 @@ def parse_texts(value, limits):
     return texts
 
 
-# -------------------------------------------------------------------------------------- worker
+# ------------------------------------------------------------------------------------- pipeline
 def import_pipeline():
     """Paddle Serving's pipeline package."""
     # It imports a client for its C++ server, which has no build for Python 3.10 and is not used.
@@ -238,6 +238,7 @@ def make_servicer(config):
     return Servicer(NAME, server._response_op, config)
 
 
+# ----------------------------------------------------------------------------------------- HTTP
 class HttpServer(ThreadingHTTPServer):
     """POST /seq_cls/prediction and GET /seq_cls/ready, with the requests of Paddle Serving."""
 
@@ -355,6 +356,7 @@ class HttpHandler(BaseHTTPRequestHandler):
         self.reply(status, answer.err_no, answer.err_msg, answer.key, answer.value)
 
 
+# -------------------------------------------------------------------------------------- worker
 def worker(config, pipe):
     """Serves until SIGTERM, then answers what was accepted. Ends with the supervisor."""
     threading.Thread(target=end_with_supervisor, daemon=True).start()
