@@ -7,120 +7,109 @@ Each width ends in its own folder, e.g. prune/0.6666666666666666: dynamic weight
 the exported bundle for deployments. The method is in prune_trainer.py.
 """
 
-import zlib  # noqa: F401  libpaddle exports zlib symbols of its own; loaded after it, zlib crashes
 import argparse
-import sys
-from dataclasses import dataclass, field, fields
 from fractions import Fraction
 from pathlib import Path
-from types import SimpleNamespace
-from typing import List  # noqa: UP035  PdArgumentParser reads this form
-
-import paddle
-import paddle.distributed as dist
-from paddlenlp import trainer
 
 import utils
-from export_model import load_checkpoint, set_device
-from utils import UserError, logger
+from utils import UserError, at_least, logger
 
-# Of PaddleNLP's TrainingArguments, those that have an effect here.
-SUPPORTED = {
-    "output_dir",
-    "device",
-    "per_device_train_batch_size",
-    "per_device_eval_batch_size",
-    "learning_rate",
-    "num_train_epochs",
-    "max_steps",
-    "logging_steps",
-    "save_steps",
-    "seed",
-    "weight_decay",
-    "max_grad_norm",
-    "warmup_steps",
-    "warmup_ratio",
-}
-
-
-@dataclass
-class TrainingArguments(trainer.TrainingArguments):
-    device: str = field(default="gpu", metadata={"help": "cpu, gpu, gpu:0, xpu or npu"})
-    per_device_train_batch_size: int = field(default=32, metadata={"help": "texts per step"})
-    per_device_eval_batch_size: int = field(default=32, metadata={"help": "texts per dev batch"})
-    learning_rate: float = field(default=3e-5, metadata={"help": "peak, then linear decay"})
-    num_train_epochs: float = field(default=10.0, metadata={"help": "passes over the train set"})
-    logging_steps: int = field(default=5, metadata={"help": "steps between log lines"})
-    save_steps: int = field(
-        default=100, metadata={"help": "steps between evaluations; also after each epoch"}
-    )
-    seed: int = field(default=3, metadata={"help": "seed of all randomness"})
-
-
-@dataclass
-class DataArguments:
-    dataset_dir: str = field(default=None, metadata={"help": "has train.txt, dev.txt, label.txt"})
-    max_seq_length: int = field(default=128, metadata={"help": "longest sequence in tokens"})
-
-
-@dataclass
-class ModelArguments:
-    params_dir: str = field(default="./checkpoint/", metadata={"help": "fine-tuned checkpoint"})
-    width_mult: List[str] = field(  # noqa: UP006
-        default_factory=lambda: ["2/3"],
-        metadata={"help": "kept fraction(s) of heads and feed-forward neurons"},
-    )
-    distill_loss: str = field(
-        default="sigmoid",
-        metadata={"help": "of the logits: per label or softmax", "choices": ["sigmoid", "softmax"]},
-    )
-    gold_weight: float = field(
-        default=0.0, metadata={"help": "share of the gold labels in the loss, 0 to 1"}
-    )
+model, paddle = utils.lazy_import("model"), utils.lazy_import("paddle")
 
 
 def parse_args(argv=None):
-    """All arguments in one namespace; width_mult as a list of Fractions."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    parser = trainer.PdArgumentParser(
-        (TrainingArguments, DataArguments, ModelArguments),
-        description=__doc__.split("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
+    """The flags of PaddleNLP's TrainingArguments that have an effect here, and our own."""
+    parser = utils.new_parser(__doc__, allow_abbrev=False)
+    add = parser.add_argument_group("data and model").add_argument
+    add("--dataset_dir", required=True, help="has train.txt, dev.txt, label.txt")
+    add("--params_dir", default="./checkpoint/", help="fine-tuned checkpoint")
+    add("--output_dir", required=True, help="folder of the pruned models")
+    add("--max_seq_length", type=at_least(3), default=128, help="longest sequence in tokens")
+
+    add = parser.add_argument_group("pruning").add_argument
+    add(
+        "--width_mult",
+        nargs="+",
+        action="extend",
+        type=parse_width,
+        default=argparse.SUPPRESS,
+        help="kept fraction(s) of heads and feed-forward neurons (default: 2/3)",
     )
-    known = {f.name for f in fields(trainer.TrainingArguments)}
-    given = {arg[2:].split("=")[0] for arg in argv if arg.startswith("--")}
-    if idle := sorted((given & known) - SUPPORTED):
-        raise UserError(f"--{idle[0]} has no effect on pruning; leave it out")
-    try:
-        parsed = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    args = SimpleNamespace(**{k: v for part in parsed for k, v in vars(part).items()})
-    args.device = args.device.lower()
-    check_args(args)
-    if sum(arg.split("=")[0] == "--width_mult" for arg in argv) > 1:
-        raise UserError("--width_mult twice; give all widths after one")
-    args.width_mult = list(dict.fromkeys(map(parse_width, args.width_mult)))
+    add(
+        "--distill_loss",
+        choices=["sigmoid", "softmax"],
+        default="sigmoid",
+        help="of the logits: per label or softmax",
+    )
+    add("--gold_weight", type=at_least(0.0), default=0.0, help="share of the gold labels, 0 to 1")
+
+    add = parser.add_argument_group("training").add_argument
+    add("--device", type=str.lower, default="gpu", help="cpu, gpu, gpu:0, xpu or npu")
+    add("--per_device_train_batch_size", type=at_least(1), default=32, help="texts per step")
+    add("--per_device_eval_batch_size", type=at_least(1), default=32, help="texts per dev batch")
+    add("--learning_rate", type=at_least(0.0), default=3e-5, help="peak, then linear decay")
+    add("--num_train_epochs", type=at_least(0.0), default=10.0, help="passes over the train set")
+    add("--max_steps", type=int, default=-1, help="steps instead of epochs; -1: epochs count")
+    add("--warmup_steps", type=at_least(0), default=0, help="steps of the warm-up")
+    add("--warmup_ratio", type=at_least(0.0), default=0.0, help="the same as a share of all steps")
+    add("--weight_decay", type=at_least(0.0), default=0.0, help="AdamW weight decay")
+    add("--max_grad_norm", type=at_least(0.0), default=1.0, help="clip gradients to it; 0: off")
+    add("--logging_steps", type=at_least(1), default=5, help="steps between log lines")
+    add(
+        "--save_steps",
+        type=at_least(1),
+        default=100,
+        help="steps between evaluations; also after each epoch",
+    )
+    add("--seed", type=at_least(0), default=3, help="seed of all randomness")
+
+    args, others = parser.parse_known_args(argv)
+    if others and others[0].startswith("-"):
+        raise UserError(f"{others[0]} has no effect on pruning; leave it out (see --help)")
+    if others:
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
+    if args.num_train_epochs == 0 and args.max_steps <= 0:
+        raise UserError("--num_train_epochs 0 is not a number above 0")
+    if args.gold_weight > 1:
+        raise UserError(f"--gold_weight {args.gold_weight} is not between 0 and 1")
+    args.width_mult = list(dict.fromkeys(getattr(args, "width_mult", [Fraction(2, 3)])))
     return args
 
 
-def check_args(args):
-    minima = {
-        **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), 1),
-        **dict.fromkeys(("logging_steps", "save_steps"), 1),
-        **dict.fromkeys(("seed", "learning_rate", "weight_decay", "max_grad_norm"), 0),
-        **dict.fromkeys(("warmup_steps", "warmup_ratio", "gold_weight"), 0),
-    }
-    for name, minimum in minima.items():
-        if not minimum <= getattr(args, name) < float("inf"):
-            raise UserError(f"--{name} {getattr(args, name)} is not a number of at least {minimum}")
-    if not 0 < args.num_train_epochs < float("inf") and args.max_steps <= 0:
-        raise UserError(f"--num_train_epochs {args.num_train_epochs} is not a number above 0")
-    if args.gold_weight > 1:
-        raise UserError(f"--gold_weight {args.gold_weight} is not between 0 and 1")
-    if args.dataset_dir is None:
-        raise UserError("--dataset_dir is needed: the folder of train.txt, dev.txt and label.txt")
+def main(argv=None):
+    args = parse_args(argv)
+    info = utils.read_model_info(args.params_dir)
+    utils.check_length(args.max_seq_length, info.max_position)
+    config = utils.read_json(Path(args.params_dir) / utils.CONFIG_FILE)
+    if "width_mult" in config:
+        raise UserError(f"{args.params_dir}: pruned already; give the checkpoint of full width")
+    check_widths(args.width_mult, config["num_attention_heads"])
+    model.set_device(args.device)
+    try:
+        from prune_trainer import Pruner
+    except ImportError as error:
+        if "paddleslim" not in str(error):
+            raise
+        raise UserError("Cannot import paddleslim, please install paddleslim==2.6.0") from error
+    if paddle.distributed.get_world_size() > 1:
+        paddle.distributed.init_parallel_env()
+    is_first = paddle.distributed.get_rank() == 0
+    if not is_first:
+        logger.setLevel("WARNING")  # every rank would say the same
+    if args.max_seq_length < info.max_seq_length:
+        message = "--max_seq_length %d, but the checkpoint was trained with %d"
+        logger.warning(message, args.max_seq_length, info.max_seq_length)
+    if info.thresholds is not None:
+        logger.warning("The thresholds were tuned for the teacher; tune the students' anew")
+    train_set, dev_set = read_data(args, info)
+    if is_first:
+        check_targets(args)
+    teacher, _ = model.load_checkpoint(args.params_dir)
+    paddle.seed(args.seed)
+    logger.info("Pruning starts.")
+    pruner = Pruner(args, teacher, info.labels, train_set, dev_set)
+    for width in args.width_mult:
+        pruner.prune(width)
 
 
 def parse_width(text):
@@ -159,48 +148,15 @@ def check_targets(args):
 
 def read_data(args, info):
     """(train, dev), each (token ids, label ids)."""
-    data = Path(args.dataset_dir)
+    data, sets = Path(args.dataset_dir), []
     utils.check_labels(data, None, info.labels)
-    tokenizer, sets = utils.load_tokenizer(args.params_dir), []
+    tokenizer = utils.load_tokenizer(args.params_dir)
     for name in ("train.txt", "dev.txt"):
         texts, label_ids = utils.read_examples(data / name, info.labels)
         encoded, cut = utils.encode(texts, tokenizer, args.max_seq_length)
-        utils.warn_truncated(cut, len(texts), args.max_seq_length)
+        utils.warn_cut(cut, len(texts), args.max_seq_length)
         sets.append((encoded, label_ids))
     return sets
-
-
-def main(argv=None):
-    args = parse_args(argv)
-    try:
-        from prune_trainer import Pruner
-    except ImportError as error:
-        if "paddleslim" not in str(error):
-            raise
-        raise UserError("Cannot import paddleslim, please install paddleslim==2.6.0") from error
-    set_device(args.device)
-    if dist.get_world_size() > 1:
-        dist.init_parallel_env()
-        if dist.get_rank():
-            logger.setLevel("WARNING")  # every rank would say the same
-    teacher, info = load_checkpoint(args.params_dir)
-    utils.check_length(args.max_seq_length, info.max_position)
-    if "width_mult" in utils.read_json(Path(args.params_dir) / utils.CONFIG_FILE):
-        raise UserError(f"{args.params_dir}: pruned already; give the checkpoint of full width")
-    check_widths(args.width_mult, teacher.config.num_attention_heads)
-    if args.max_seq_length < info.max_seq_length:
-        lengths = args.max_seq_length, info.max_seq_length
-        logger.warning("--max_seq_length %d, but the checkpoint was trained with %d", *lengths)
-    if info.thresholds is not None:
-        logger.warning("The thresholds were tuned for the teacher; tune the students' anew")
-    train_set, dev_set = read_data(args, info)
-    if dist.get_rank() == 0:
-        check_targets(args)
-    paddle.seed(args.seed)
-    logger.info("Pruning starts.")
-    pruner = Pruner(args, teacher, info.labels, train_set, dev_set)
-    for width in args.width_mult:
-        pruner.prune(width)
 
 
 if __name__ == "__main__":

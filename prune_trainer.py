@@ -7,27 +7,25 @@ The teacher is the fine-tuned model itself. Reordering puts the most important h
 first and changes no output; a width keeps the first ones.
 """
 
-import zlib  # noqa: F401  libpaddle exports zlib symbols of its own; loaded after it, zlib crashes
 import contextlib
 import copy
 import gc
 import math
+import shutil
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import paddle
 import paddle.distributed as dist
 import paddle.nn.functional as F
+from paddlenlp.transformers import LinearDecayWithWarmup
 from paddleslim.nas.ofa import OFA
 from paddleslim.nas.ofa.convert_super import Convert, supernet
 from paddleslim.nas.ofa.layers import SuperLayerNorm
 
-import export_model
+import model
 import utils
-from predict import all_reduce
-from train import evaluate, make_optimizer, merit
 from utils import UserError, logger
 
 IMPORTANCE_TEXTS = 2048  # of the training set
@@ -35,7 +33,7 @@ LAMBDA_HIDDEN = 0.1  # weight of the hidden states' distance
 
 
 # ---------------------------------------------------------------------------------- importance
-def weight_importance(model, examples, num_labels, batch_size):
+def weight_importance(teacher, examples, num_labels, batch_size):
     """How much the loss would change if a head or a neuron were left out, to first order.
 
     examples: (token ids, label ids). Returns (heads [layers, heads], neurons [layers, inner]).
@@ -43,8 +41,8 @@ def weight_importance(model, examples, num_labels, batch_size):
     d loss / d m_h = sum of W * d loss / d W over these rows: no mask has to run through the model.
     The same holds for a neuron's column of linear1 (with its bias) and its row of linear2.
     """
-    model.eval()
-    layers = model.base_model.encoder.layers
+    teacher.eval()
+    layers = teacher.base_model.encoder.layers
     heads = np.zeros((len(layers), layers[0].self_attn.num_heads))
     neurons = np.zeros((len(layers), layers[0].linear1.weight.shape[1]))
 
@@ -54,19 +52,21 @@ def weight_importance(model, examples, num_labels, batch_size):
     plan = utils.batches([len(ids) for ids in examples[0]], batch_size)
     for index in plan[dist.get_rank() :: dist.get_world_size()]:
         batch, targets = make_batch(examples, index, num_labels)
-        F.binary_cross_entropy_with_logits(model(**batch), targets).backward()
+        model.scaled_backward(F.binary_cross_entropy_with_logits(teacher(**batch), targets))
+        model.unscale(teacher.parameters())
         for i, layer in enumerate(layers):
             rows = taylor(layer.self_attn.out_proj.weight).sum(axis=1)
             heads[i] += np.abs(rows.reshape(heads.shape[1], -1).sum(axis=1))
             inner = taylor(layer.linear1.weight).sum(axis=0) + taylor(layer.linear1.bias)
             neurons[i] += np.abs(inner) + np.abs(taylor(layer.linear2.weight).sum(axis=1))
-        model.clear_gradients()
-    return all_reduce(heads), all_reduce(neurons)
+        teacher.clear_gradients()
+    return model.all_reduce(heads), model.all_reduce(neurons)
 
 
-def reorder(model, heads, neurons):
+def reorder(teacher, heads, neurons):
     """Sorts heads and neurons by falling importance; what the model computes stays the same."""
-    for layer, head_scores, neuron_scores in zip(model.base_model.encoder.layers, heads, neurons):
+    layers = teacher.base_model.encoder.layers
+    for layer, head_scores, neuron_scores in zip(layers, heads, neurons):
         attention = layer.self_attn
         order = np.argsort(-head_scores, kind="stable")
         columns = order[:, None] * attention.head_dim + np.arange(attention.head_dim)
@@ -93,10 +93,10 @@ def layer_norm(layer, x):
 class Supernet:
     """PaddleSlim's OFA around a copy of the model; only the encoder's linear layers are elastic."""
 
-    def __init__(self, model, width_mult):
+    def __init__(self, teacher, width_mult):
         SuperLayerNorm.forward = layer_norm
-        self.model = copy.deepcopy(model)
-        weights = {name: value.numpy() for name, value in model.state_dict().items()}
+        self.model = copy.deepcopy(teacher)
+        weights = {name: value.numpy() for name, value in teacher.state_dict().items()}
         encoder = self.model.base_model.encoder
         Convert(supernet(expand_ratio=[1.0])).convert(encoder)
         for name, parameter in self.model.named_parameters():
@@ -132,27 +132,27 @@ class Supernet:
 
 def narrow_model(params_path, num_labels, width_mult, device):
     """A model of this width on the device, in eval mode; `cut` gives it weights."""
-    export_model.set_device(device)
-    model = export_model.build_model(params_path, num_labels)
-    export_model.cut_model(model, width_mult)
-    model.eval()
-    return model
+    model.set_device(device)
+    student = model.build_model(params_path, num_labels)
+    model.cut_model(student, width_mult)
+    student.eval()
+    return student
 
 
-def cut(weights, model):
+def cut(weights, student):
     """Sets a narrow model to the first heads and neurons of full-width `weights`."""
-    shapes = {name: value.shape for name, value in model.state_dict().items()}
+    shapes = {name: value.shape for name, value in student.state_dict().items()}
     kept = {name: weights[name][tuple(map(slice, shape))] for name, shape in shapes.items()}
-    export_model.set_weights(model, kept, "the supernet")
+    model.set_weights(student, kept, "the supernet")
 
 
 # --------------------------------------------------------------------------------- distillation
 @contextlib.contextmanager
-def hidden_states(model):
-    """`with hidden_states(model) as states`: the outputs of the embeddings and of every encoder
+def hidden_states(network):
+    """`with hidden_states(network) as states`: the outputs of the embeddings and of every encoder
     layer of the forward pass in the block are in the list `states`."""
     states = []
-    base = model.base_model
+    base = network.base_model
     hooks = [
         layer.register_forward_post_hook(lambda _layer, _inputs, output: states.append(output))
         for layer in (base.embeddings, *base.encoder.layers)
@@ -188,23 +188,15 @@ def make_batch(examples, index, num_labels):
     return {k: paddle.to_tensor(v) for k, v in batch.items()}, paddle.to_tensor(targets)
 
 
-def average_gradients(parameters):
-    """Mean over all ranks, in place."""
-    for parameter in parameters if dist.get_world_size() > 1 else []:
-        if parameter.grad is not None:
-            parameter.grad.set_value(parameter.grad / dist.get_world_size())
-            dist.all_reduce(parameter.grad)
-
-
-def wait_for_rank_0(number):
-    """Returns when rank 0, too, has come to its `number`-th call.
+def wait_for_rank_0(calls):
+    """Returns when rank 0, too, has come to this call, the `calls`-th one.
 
     Unlike a barrier, it may take longer than the 30 seconds after which gloo gives up.
     """
     if dist.get_world_size() > 1:
         store = dist.collective._default_store
         store.add("rank_0", int(dist.get_rank() == 0))
-        while store.add("rank_0", 0) < number:
+        while store.add("rank_0", 0) < calls:
             time.sleep(0.1)
 
 
@@ -219,7 +211,7 @@ def log_evaluation(name, result, seconds):
 class Pruner:
     """One teacher, any number of widths; each starts from the teacher, none shrinks the next.
 
-    args: TrainingArguments, DataArguments and ModelArguments of prune.py in one namespace.
+    args: the flags of prune.py.
     examples, dev_examples: (token ids, label ids) of the texts.
     """
 
@@ -237,11 +229,9 @@ class Pruner:
         scores = weight_importance(teacher, chosen, self.num_labels, batch_size)
         reorder(teacher, *scores)
 
-    def evaluate(self, model):
+    def evaluate(self, network):
         batch_size = self.args.per_device_eval_batch_size
-        result = evaluate(model, *self.dev_examples, self.num_labels, batch_size)
-        model.eval()
-        return result
+        return model.evaluate(network, *self.dev_examples, self.num_labels, batch_size)
 
     def prune(self, width_mult):
         """Distils a student of this width; leaves the best one in its folder, returns its figures.
@@ -263,28 +253,24 @@ class Pruner:
         total_steps = math.ceil(args.num_train_epochs * steps_per_epoch)
         total_steps = args.max_steps if args.max_steps > 0 else total_steps
         warmup_steps = args.warmup_steps or math.ceil(args.warmup_ratio * total_steps)
-        settings = SimpleNamespace(warmup=True, warmup_steps=warmup_steps)
-        for name in ("learning_rate", "max_grad_norm", "weight_decay"):
-            setattr(settings, name, getattr(args, name))
-        optimizer, schedule = make_optimizer(settings, supernet.model, total_steps)
+        schedule = LinearDecayWithWarmup(args.learning_rate, total_steps, warmup_steps)
+        optimizer = model.make_optimizer(
+            supernet.model, schedule, args.weight_decay, args.max_grad_norm
+        )
         best, step, since = None, 0, time.time()
         logger.info("DynaBERT training starts. This period will cost some time.")
         while step < total_steps:
             epoch = step // steps_per_epoch
             rng = np.random.default_rng([args.seed, epoch])
             plan = utils.batches(lengths, batch_size, rng, group=world_size)
-            for batch_number, index in enumerate(plan[dist.get_rank() :: world_size]):
-                place = (args.seed, step, dist.get_rank())
-                paddle.seed(int(np.random.SeedSequence(place).generate_state(1)[0]))
-                loss = self.train_step(supernet, optimizer, index)
+            for batch, indices in enumerate(plan[dist.get_rank() :: world_size]):
+                loss = self.train_step(supernet, optimizer, indices, step)
                 schedule.step()
                 step += 1
                 if step % args.logging_steps == 0:
                     speed = args.logging_steps / (time.time() - since)
-                    logger.info(
-                        "global step %d, epoch: %d, batch: %d, loss: %f, speed: %.2f step/s",
-                        *(step, epoch, batch_number, loss, speed),
-                    )
+                    message = "global step %d, epoch: %d, batch: %d, loss: %f, speed: %.2f step/s"
+                    logger.info(message, step, epoch, batch, loss, speed)
                     since = time.time()
                 last = step == total_steps
                 if step % args.save_steps == 0 or step % steps_per_epoch == 0 or last:
@@ -299,12 +285,14 @@ class Pruner:
         gc.collect()  # PaddleSlim's and Paddle's objects refer to each other
         return best
 
-    def train_step(self, supernet, optimizer, index):
-        """One step on a batch; returns its loss."""
-        batch, targets = make_batch(self.examples, index, self.num_labels)
+    def train_step(self, supernet, optimizer, indices, step):
+        """One step on a batch (an index array); returns its loss."""
+        seed = np.random.SeedSequence((self.args.seed, step, dist.get_rank()))
+        paddle.seed(int(seed.generate_state(1)[0]))
+        batch, targets = make_batch(self.examples, indices, self.num_labels)
         with paddle.no_grad(), hidden_states(self.teacher) as teacher_states:
             teacher_logits = self.teacher(**batch)
-        with hidden_states(supernet.model) as student_states:
+        with model.fast_dropout(seed), hidden_states(supernet.model) as student_states:
             logits = supernet(**batch)
         hidden_loss = sum(map(F.mse_loss, student_states, teacher_states))
         soft = logits_loss(logits, teacher_logits, self.args.distill_loss)
@@ -312,8 +300,9 @@ class Pruner:
         loss = LAMBDA_HIDDEN * hidden_loss + (1 - gold) * soft
         if gold:
             loss = loss + gold * bce(logits, targets)
-        loss.backward()
-        average_gradients(optimizer._parameter_list)
+        model.scaled_backward(loss)
+        model.average_gradients(optimizer._parameter_list)
+        model.unscale(optimizer._parameter_list)
         optimizer.step()
         optimizer.clear_grad()
         return float(loss)
@@ -327,7 +316,7 @@ class Pruner:
         log_evaluation(f"width_mult: {float(width_mult)}", result, time.time() - start)
         if not np.isfinite(result["loss"]):
             raise UserError(f"dev loss is {result['loss']}: lower --learning_rate")
-        if best is not None and merit(result) <= merit(best):
+        if best is not None and model.score(result) <= model.score(best):
             return best
         if dist.get_rank() == 0:
             cut(weights, exported)
@@ -344,16 +333,12 @@ class Pruner:
         config["width_mult"], config["thresholds"] = str(width_mult), None
         config["max_seq_length"] = self.args.max_seq_length
         config["pruning"] = dev_figures
-        encoded = self.dev_examples[0][: export_model.CHECK_TEXTS]
-        export_model.set_device("cpu")
+        model.set_device("cpu")
         with utils.atomic_folder(target) as folder:
-            with open(folder / utils.WEIGHTS_FILE, "wb") as file:
-                weights = {k: v.numpy() for k, v in student.state_dict().items()}
-                utils.save_weights(file, weights)
-            export_model.write_bundle(folder, student, config, source, encoded)
-            text = (folder / utils.CONFIG_FILE).read_text(encoding="utf-8")
-            (folder / "model_config.json").write_text(text, encoding="utf-8")
-            made = {file.name for file in folder.iterdir()}
-        export_model.remove_old_onnx(target, made)
-        export_model.set_device(self.args.device)  # the static graph also took the threads away
+            model.write_weights(folder / utils.WEIGHTS_FILE, student)
+            model.write_bundle(folder, student, config, source)
+            shutil.copyfile(folder / utils.CONFIG_FILE, folder / "model_config.json")
+            new_files = {file.name for file in folder.iterdir()}
+        model.remove_old_onnx(target, new_files)
+        model.set_device(self.args.device)  # the static graph also took the threads away
         logger.info("Save the best student of width %s in %s", width_mult, target)

@@ -1,33 +1,40 @@
-"""Read, encode, batch, run batches, save: the pipeline that every script shares.
+"""Read, encode, batch, run, decide, save: the pipeline that every script shares.
 
-    text - read_* -> examples - encode -> token ids - batches -> forward -> logits
-    logits - metric.decode -> labels
+    text - read_* -> examples - encode -> token ids - batches -> forward -> logits -> labels
 
 `forward` is any callable from a padded NumPy batch (`input_ids`, `token_type_ids`, int64
-[batch, length]) to NumPy logits (float32 [batch, classes]); every back end supplies its own. This
-file imports no deep-learning framework, so that a deployment can use it without one.
+[batch, length]) to NumPy logits (float32 [batch, classes]); every back end supplies its own, and
+`Labeller` does the rest. This file imports no deep-learning framework, so that a deployment can use
+it without one.
 """
 
+import _thread
 import argparse
 import contextlib
-import fcntl
 import filecmp
 import hashlib
+import importlib.util
 import itertools
 import json
 import logging
 import os
-import pickle
 import shutil
 import signal
 import sys
+import zlib  # noqa: F401  see below
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock
 from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import WordPiece
 from tqdm import tqdm
+
+import metric
+
+# zlib: libpaddle 2.6 exports zlib symbols of its own, and zlib crashes if it is loaded after it.
+# Every script imports this file before Paddle, so this is the one place that has to care.
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model_state.pdparams"
@@ -63,22 +70,50 @@ if not logger.handlers:
     logger.propagate = False
 
 
+def lazy_import(name):
+    """The module, imported at its first use.
+
+    Paddle takes seconds to import, and `--help` or a mistyped flag should not have to wait for it.
+    """
+    if name not in sys.modules:
+        spec = importlib.util.find_spec(name)
+        spec.loader = importlib.util.LazyLoader(spec.loader)
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+# ----------------------------------------------------------------------------- command line
 def cli(main):
-    """Runs a script's `main()`; errors of the user become one message and exit status 2."""
+    """Runs a script's `main()`. Its exit status is 2 after an error of the user, which becomes one
+    message, and as in a shell 130 after Ctrl-C, 143 after SIGTERM, 141 if nobody reads stdout."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that temporary files are removed
+    sys.unraisablehook = _unraisable
+    status = 2
     try:
         main()
+        return sys.stdout.flush()
     except UserError as error:
         message = str(error)
     except KeyboardInterrupt:
-        message = "interrupted; no file was left half-written"
+        message, status = "interrupted; no file was left half-written", 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes stdout again when it exits
+        sys.exit(141)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         message = f"{where}{error.strerror or error}"
-    else:
-        return
     print(f"error: {message}", file=sys.stderr, flush=True)
-    sys.exit(2)
+    sys.exit(status)
+
+
+def _unraisable(event):
+    """Python prints a Ctrl-C that hits a destructor (a progress bar's) and goes on; here it is
+    sent again to the code that runs then."""
+    if isinstance(event.exc_value, KeyboardInterrupt):
+        _thread.interrupt_main()
+    else:
+        sys.__unraisablehook__(event)
 
 
 def at_least(minimum):
@@ -94,26 +129,16 @@ def at_least(minimum):
     return parse
 
 
-def num_cores():
-    """Physical cores that this process may use; two threads of one core share its arithmetic."""
-    if not hasattr(os, "sched_getaffinity"):  # not Linux
-        return os.cpu_count() or 1
-    cores = set()
-    for cpu in os.sched_getaffinity(0):
-        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        cores.add(siblings.read_text() if siblings.exists() else cpu)
-    return len(cores)
-
-
-def new_parser(doc):
+def new_parser(doc, **settings):
     """An ArgumentParser with the first line of a script's docstring; help texts show defaults."""
+    style = argparse.ArgumentDefaultsHelpFormatter
     return argparse.ArgumentParser(
-        description=doc.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=doc.split("\n")[0], formatter_class=style, **settings
     )
 
 
 def add_inference_flags(parser, params_path):
-    """The flags that predict.py and evaluate.py share."""
+    """The flags of the scripts that run a checkpoint."""
     add = parser.add_argument_group("model").add_argument
     add("--params_path", default=params_path, help="checkpoint folder")
     add("--max_seq_length", type=at_least(3), help="longest sequence; None: the checkpoint's")
@@ -137,6 +162,13 @@ def add_decision_flags(parser, source):
     add_limit_flags(add, source)
 
 
+def num_cores():
+    """Physical cores that this process may use: its CPU affinity and a container's quota count."""
+    import joblib  # takes a moment
+
+    return joblib.cpu_count(only_physical_cores=True)
+
+
 # ---------------------------------------------------------------------------------------- read
 def open_binary(path):
     """The file opened for reading; raises UserError if that fails."""
@@ -150,18 +182,18 @@ class Lines:
     """Iterates over the lines of a UTF-8 file (BOM, LF or CRLF) and collects what is wrong."""
 
     def __init__(self, path):
-        self.path, self.number, self.problems = path, 0, []
+        self.path, self.index, self.problems = path, 0, []
 
     def __iter__(self):
         with open_binary(self.path) as file:
-            for self.number, raw in enumerate(iter(lambda: file.readline(MAX_LINE), b""), 1):
+            for self.index, raw in enumerate(iter(lambda: self._read(file), b""), 1):
                 if len(raw) == MAX_LINE and not raw.endswith(b"\n"):
                     self.bad(f"longer than {MAX_LINE} bytes; put one text on a line")
                     while len(raw) == MAX_LINE and not raw.endswith(b"\n"):
-                        raw = file.readline(MAX_LINE)
+                        raw = self._read(file)
                     continue
                 raw = raw.removesuffix(b"\n").removesuffix(b"\r")
-                if self.number == 1:
+                if self.index == 1:
                     raw = raw.removeprefix(b"\xef\xbb\xbf")
                 try:
                     line = raw.decode("utf-8")
@@ -171,8 +203,14 @@ class Lines:
                     continue
                 yield line
 
+    def _read(self, file):
+        try:
+            return file.readline(MAX_LINE)
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be read ({error.strerror})") from error
+
     def bad(self, why):
-        self.problems.append(f"{self.path}:{self.number}: {why}")
+        self.problems.append(f"{self.path}:{self.index}: {why}")
 
     def check(self):
         check_problems(self.problems)
@@ -198,11 +236,11 @@ def read_labels(path):
         if not name:
             lines.bad("blank label name; remove the line")
         elif name in first_line:
-            lines.bad(f"label '{name}' stands already in line {first_line[name]}")
+            lines.bad(f"label '{name}' is a duplicate of line {first_line[name]}")
         elif "," in name or "\t" in name:
             lines.bad(f"label '{name}' has a comma or tab; rename it")
         else:
-            first_line[name] = lines.number
+            first_line[name] = lines.index
     lines.check()
     if not first_line:
         raise UserError(f"{path}: no labels; write one label name per line")
@@ -215,7 +253,7 @@ class Scan:
 
     texts: list
     label_ids: list  # a list of class ids per text, in the order of the line
-    numbers: list  # the line of each text
+    lines: list  # the line number of each text
     blank: int  # blank lines, which readers skip
     problems: list  # one message per bad line
 
@@ -223,7 +261,7 @@ class Scan:
 def scan_examples(path, labels):
     """Reads as `read_examples` does but reports bad lines instead of refusing the file."""
     ids = {name: i for i, name in enumerate(labels)}
-    lines, texts, label_ids, numbers, blank = Lines(path), [], [], [], 0
+    lines, texts, label_ids, kept, blank = Lines(path), [], [], [], 0
     for line in lines:
         fields = line.split("\t")
         if not line.strip() and len(fields) == 1:
@@ -233,7 +271,7 @@ def scan_examples(path, labels):
         elif len(fields) > 2:
             tabs = len(fields) - 1
             lines.bad(f"{tabs} tabs; write text<TAB>label,label and no tab inside the text")
-        elif lines.number == 1 and fields == ["text", "label"] and "label" not in ids:
+        elif lines.index == 1 and fields == ["text", "label"] and "label" not in ids:
             continue
         else:
             names = [name.strip() for name in fields[1].split(",")] if fields[1].strip() else []
@@ -244,10 +282,10 @@ def scan_examples(path, labels):
                 continue
             texts.append(fields[0].strip())
             label_ids.append(list(dict.fromkeys(ids[name] for name in names)))
-            numbers.append(lines.number)
+            kept.append(lines.index)
     if not texts and not lines.problems:
         lines.problems.append(f"{path}: no samples; write one text<TAB>label,label per line")
-    return Scan(texts, label_ids, numbers, blank, lines.problems)
+    return Scan(texts, label_ids, kept, blank, lines.problems)
 
 
 def read_examples(path, labels):
@@ -275,8 +313,14 @@ def read_texts(path):
         lines.check()
         yield line
     lines.check()
-    if lines.number == 0:
+    if lines.index == 0:
         raise UserError(f"{path}: empty file; write one text per line")
+
+
+def peeked(items):
+    """The same items, the first one read already: a wrong path shows before work is done."""
+    items = iter(items)
+    return itertools.chain([next(items)], items)
 
 
 def chunks(items, size):
@@ -284,11 +328,6 @@ def chunks(items, size):
     items = iter(items)
     while chunk := list(itertools.islice(items, size)):
         yield chunk
-
-
-def chunk_size(num_labels):
-    """Texts to label at a time, so that [texts, classes] stays small with many labels."""
-    return min(CHUNK, max(1, CHUNK_CELLS // num_labels))
 
 
 def multi_hot(label_ids, num_labels):
@@ -314,7 +353,7 @@ def load_tokenizer(folder, model_folder=None):
     path = Path(folder) / "vocab.txt"
     configs = Path(model_folder or folder) / CONFIG_FILE, Path(folder) / "tokenizer_config.json"
     lines = Lines(path)
-    vocab = {token: lines.number - 1 for token in lines}
+    vocab = {token: lines.index - 1 for token in lines}
     lines.check()
     missing = [token for token in SPECIAL_TOKENS if token not in vocab]
     if missing:
@@ -322,10 +361,9 @@ def load_tokenizer(folder, model_folder=None):
     if vocab["[PAD]"] != 0:  # the models mask what has id 0
         raise UserError(f"{path}: [PAD] must be the first line")
     model, config = (read_json(file) if file.exists() else {} for file in configs)
-    number = max(vocab.values()) + 1
-    size = model.get("vocab_size", number)
-    if number > size:
-        raise UserError(f"{path}: {number} tokens, the model has {size}; not its vocabulary")
+    size = max(vocab.values()) + 1
+    if size > (model_size := model.get("vocab_size", size)):
+        raise UserError(f"{path}: {size} tokens, the model has {model_size}; not its vocabulary")
     tokenizer = Tokenizer(WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=100))
     rule = {"lowercase": config.get("do_lower_case", True), "strip_accents": None}
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -381,8 +419,8 @@ def encode(texts, tokenizer, max_seq_length, long_text="truncate"):
     return encoded, cut
 
 
-def warn_truncated(cut, total, max_seq_length, long_text="truncate"):
-    """Tells how many texts were cut, or split into windows."""
+def warn_cut(cut, total, max_seq_length, long_text="truncate"):
+    """Logs how many texts were cut, or split into windows."""
     figures = cut, total, 100 * cut / max(1, total), max_seq_length
     message = "%d of %d texts (%.1f%%) are longer than max_seq_length %d; "
     if cut and long_text == "truncate":
@@ -425,32 +463,99 @@ def pad(sequences):
 
 
 def run_batches(forward, encoded, batch_size, rank=0, world_size=1, desc=None):
-    """Yields (batch number, example indices, logits); of several ranks each runs its own batches.
+    """Yields (batch index, example indices, logits); of several ranks each runs its own batches.
 
     With `desc` a progress bar of that name is shown, on a terminal only.
     """
     plan = batches([len(ids) for ids in encoded], batch_size)
-    for number, index in enumerate(tqdm(plan, desc, leave=False, disable=None if desc else True)):
-        if number % world_size == rank:
-            yield number, index, forward(**pad([encoded[i] for i in index]))
+    for batch, indices in enumerate(tqdm(plan, desc, leave=False, disable=None if desc else True)):
+        if batch % world_size == rank:
+            yield batch, indices, forward(**pad([encoded[i] for i in indices]))
 
 
-def logits_of(forward, encoded, batch_size, num_labels, desc=None):
-    """Logits of all examples in their own order, float32 [examples, classes].
+def logits_of(forward, encoded, batch_size, num_outputs, desc=None):
+    """Logits of all examples in their own order, float32 [examples, num_outputs].
 
     For `Windows` the examples are the texts, and the windows of all texts are batched together.
     """
     if not isinstance(encoded, Windows):
-        logits = np.empty((len(encoded), num_labels), dtype=np.float32)
-        for _, index, batch_logits in run_batches(forward, encoded, batch_size, desc=desc):
-            logits[index] = batch_logits
+        logits = np.empty((len(encoded), num_outputs), dtype=np.float32)
+        for _, indices, batch_logits in run_batches(forward, encoded, batch_size, desc=desc):
+            logits[indices] = batch_logits
         return logits
     text_of = np.searchsorted(encoded.first, np.arange(len(encoded)), side="right") - 1
     # Merged batch by batch, since the logits of all windows may be many times those of the texts.
-    logits = np.full((len(encoded.first), num_labels), -np.inf, dtype=np.float32)
-    for _, index, batch_logits in run_batches(forward, encoded, batch_size, desc=desc):
-        np.maximum.at(logits, text_of[index], batch_logits)
+    logits = np.full((len(encoded.first), num_outputs), -np.inf, dtype=np.float32)
+    for _, indices, batch_logits in run_batches(forward, encoded, batch_size, desc=desc):
+        np.maximum.at(logits, text_of[indices], batch_logits)
     return logits
+
+
+class Labeller:
+    """Texts to labels: encodes, batches, runs, restores the order, decides, counts what was cut.
+
+    forward, tokenizer: see the top of this file and load_tokenizer. info: the ModelInfo whose
+    labels, length and decision rule hold. long_text: "truncate" cuts the tails of longer texts,
+    "window" labels all of them in overlapping windows. desc: name of the progress bar, None for
+    none. num_outputs: columns of what `forward` returns, the labels unless it runs a bare encoder.
+    """
+
+    def __init__(
+        self,
+        forward,
+        tokenizer,
+        info,
+        batch_size=32,
+        long_text="truncate",
+        desc=None,
+        num_outputs=None,
+    ):
+        self.forward, self.tokenizer, self.info = forward, tokenizer, info
+        self.batch_size, self.long_text, self.desc = batch_size, long_text, desc
+        self.num_outputs = num_outputs or len(info.labels)
+        self.total = self.cut = 0  # texts so far; those that were cut or split into windows
+
+    def encode(self, texts):
+        """Token ids of the texts; see `encode` above."""
+        encoded, cut = encode(texts, self.tokenizer, self.info.max_seq_length, self.long_text)
+        self.total, self.cut = self.total + len(texts), self.cut + cut
+        return encoded
+
+    def logits(self, texts):
+        """Logits in the order of the texts, float32 [texts, classes]."""
+        encoded = self.encode(texts)
+        return logits_of(self.forward, encoded, self.batch_size, self.num_outputs, self.desc)
+
+    def decide(self, texts):
+        """Returns (decisions, probabilities) in the order of the texts, both [texts, classes]."""
+        probs = metric.probabilities(self.logits(texts))
+        return metric.decode(probs, **self.info.rule), probs
+
+    def names(self, decisions):
+        """Label names of each text, in the order of the labels."""
+        return metric.label_names(decisions, self.info.labels)
+
+    def predict(self, texts):
+        """Returns (label names of each text, probabilities [texts, classes])."""
+        decisions, probs = self.decide(texts)
+        return self.names(decisions), probs
+
+    def stream(self, texts, rank=0, world_size=1):
+        """Yields (texts, decisions, probabilities) of one chunk after the other.
+
+        Memory does not grow with the iterable `texts`, and [texts, classes] of a chunk stays small
+        with many labels. Of several ranks each labels the chunks rank, rank + world_size, ...
+        """
+        for index, chunk in enumerate(chunks(texts, self.chunk_size)):
+            if index % world_size == rank:
+                yield chunk, *self.decide(chunk)
+
+    @property
+    def chunk_size(self):
+        return min(CHUNK, max(1, CHUNK_CELLS // len(self.info.labels)))
+
+    def warn_cut(self):
+        warn_cut(self.cut, self.total, self.info.max_seq_length, self.long_text)
 
 
 # ---------------------------------------------------------------------------------- model folders
@@ -467,11 +572,11 @@ class ModelInfo:
     max_labels: int | None = None  # of a text; None: any number
 
     def __post_init__(self):
-        least, most, number = self.min_labels, self.max_labels, len(self.labels)
-        if not 0 <= least <= (number if most is None else most) <= number:
+        least, most, count = self.min_labels, self.max_labels, len(self.labels)
+        if not 0 <= least <= (count if most is None else most) <= count:
             raise UserError(
-                f"min_labels {least}, max_labels {most}: the model has {number} labels; give "
-                f"0 <= min_labels <= max_labels <= {number}"
+                f"min_labels {least}, max_labels {most}: the model has {count} labels; give "
+                f"0 <= min_labels <= max_labels <= {count}"
             )
 
     @property
@@ -484,10 +589,16 @@ class ModelInfo:
         """How this model decides, as arguments of metric.decode."""
         return {"thresholds": self.thresholds, **self.limits}
 
-    def with_limits(self, min_labels, max_labels):
-        """The same with the limits that are given, not None. Raises UserError."""
-        given = {"min_labels": min_labels, "max_labels": max_labels}
-        return replace(self, **{name: n for name, n in given.items() if n is not None})
+    def with_settings(self, max_seq_length=None, min_labels=None, max_labels=None):
+        """The same with those settings that are given, not None. Raises UserError."""
+        given = {
+            "max_seq_length": max_seq_length,
+            "min_labels": min_labels,
+            "max_labels": max_labels,
+        }
+        info = replace(self, **{name: value for name, value in given.items() if value is not None})
+        check_length(info.max_seq_length, info.max_position)
+        return info
 
 
 def read_json(path):
@@ -555,6 +666,11 @@ def static_graph_sha256(prefix):
     return digest
 
 
+def model_files(folder):
+    """What a checkpoint or bundle may hold beside the static graph: no result may replace it."""
+    return [Path(folder) / name for name in (CONFIG_FILE, WEIGHTS_FILE, *TOKENIZER_FILES)]
+
+
 def check_labels(folder, name, labels):
     """The label file `name` in `folder` must name the model's labels in the model's order.
 
@@ -564,10 +680,10 @@ def check_labels(folder, name, labels):
     if name is None and not label_file.exists():
         return
     pairs = itertools.zip_longest(read_labels(label_file), labels, fillvalue="(nothing)")
-    for number, (listed, name) in enumerate(pairs, 1):
+    for line, (listed, name) in enumerate(pairs, 1):
         if listed != name:
             raise UserError(
-                f"{label_file}:{number}: '{listed}' where the model has '{name}'; "
+                f"{label_file}:{line}: '{listed}' where the model has '{name}'; "
                 "give the label file that it was trained with"
             )
 
@@ -577,45 +693,6 @@ def check_length(max_seq_length, max_position):
         raise UserError(
             f"--max_seq_length {max_seq_length}: this model takes 3 to {max_position} tokens"
         )
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    """Builds NumPy arrays and containers only; a pickle that names anything else is refused."""
-
-    allowed = {
-        ("numpy", "dtype"),
-        ("numpy", "ndarray"),
-        ("numpy.core.multiarray", "_reconstruct"),
-        ("numpy._core.multiarray", "_reconstruct"),
-        ("collections", "OrderedDict"),
-        ("builtins", "tuple"),
-        ("_codecs", "encode"),
-    }
-
-    def find_class(self, module, name):
-        if (module, name) not in self.allowed:
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which no weights file needs")
-        return super().find_class(module, name)
-
-
-def load_weights(path):
-    """{parameter name: array} of a `.pdparams` file, read without running code that it may carry.
-
-    Raises UserError if the file is truncated or names any class but NumPy's.
-    """
-    with open_binary(path) as file:
-        try:
-            loaded = _ArrayUnpickler(file, encoding="latin1").load()
-            # paddle.save stores a tensor as (name, array), and a table of names beside them.
-            weights = {k: v[1] if isinstance(v, tuple) else v for k, v in loaded.items()}
-        except Exception as error:  # a broken pickle raises almost anything
-            raise UserError(f"{path}: broken weights file ({error})") from error
-    return {k: v for k, v in weights.items() if isinstance(v, np.ndarray)}
-
-
-def save_weights(file, weights):
-    """Writes {parameter name: array} in the format of paddle.save to an open binary file."""
-    pickle.dump(dict(weights), file, protocol=4)
 
 
 def copy_tokenizer(source, target):
@@ -665,10 +742,6 @@ def fsync(path):
         os.close(descriptor)
 
 
-def _write_error(path, error, what_now="nothing was replaced"):
-    return UserError(f"cannot write {path}: {error.strerror or error}; {what_now}")
-
-
 def check_writable(path):
     """The file behind `path`, links followed; raises UserError if no file can be there."""
     path = Path(os.path.realpath(path))
@@ -681,12 +754,12 @@ def check_writable(path):
 
 def check_outputs(outputs, inputs):
     """Raises UserError if a result could not be written, or would replace an input or another."""
-    seen = {os.path.realpath(path): "which is read, too" for path in inputs}
+    taken = {os.path.realpath(path): "an input of this command" for path in inputs}
     for path in outputs:
         real = str(check_writable(path))
-        if real in seen:
-            raise UserError(f"cannot write {path}, {seen[real]}; give the result another name")
-        seen[real] = "which is another result, too"
+        if real in taken:
+            raise UserError(f"cannot write {path}: it is {taken[real]}; give another name")
+        taken[real] = "another result"
 
 
 @contextlib.contextmanager
@@ -706,7 +779,10 @@ def atomic_file(path, mode="w"):
         os.replace(temporary, path)
         fsync(path.parent)
     except OSError as error:
-        raise _write_error(path, error) from error
+        if error.filename is not None and Path(error.filename) != temporary:
+            raise  # an input that could not be read in the block
+        reason = error.strerror or error
+        raise UserError(f"cannot write {path}: {reason}; nothing was replaced") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -725,44 +801,79 @@ def write_files(folder, contents):
             os.fsync(file.fileno())
 
 
+_locked = set()  # folders that this process has locked
+
+
+@contextlib.contextmanager
+def folder_lock(path):
+    """One writer at a time: a second process waits here until the first has left the block.
+
+    The lock file in the folder goes at the end; one that a killed process left locks nothing.
+    """
+    path = Path(os.path.realpath(path))
+    if path in _locked:
+        yield
+        return
+    with FileLock(path / ".lock"):
+        _locked.add(path)
+        try:
+            yield
+        finally:
+            _locked.discard(path)
+            (path / ".lock").unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
 def atomic_folder(path):
     """`with atomic_folder(path) as temporary`: what the block puts there appears in `path`.
 
-    The files are written inside `path` (it may be a mount point) and then moved one by one.
-    config.json, without which no reader accepts the folder, goes first and comes back last if
-    others change too. A second process that writes to the same folder waits for the first.
+    The files are written inside `path` (it may be a mount point) and then moved one by one. A
+    second process that writes to the same folder waits for the first. Raises UserError if it can't
+    be written; the old files then stay.
     """
-    path, temporary, kept = Path(path), Path(path) / ".new.tmp", "nothing was replaced"
-    lock = None
+    path, temporary = Path(path), Path(path) / ".new.tmp"
+    is_new = not path.exists()
     try:
         path.mkdir(parents=True, exist_ok=True)
-        lock = os.open(path, os.O_RDONLY)
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        shutil.rmtree(temporary, ignore_errors=True)  # of a killed process
-        temporary.mkdir()
-        yield temporary
-        files = sorted(temporary.iterdir(), key=lambda file: file.name == CONFIG_FILE)
-        for file in files:
-            fsync(file)
-        changed = [file for file in files if not _same_content(file, path / file.name)]
-        kept = f"the new files are in {temporary}"
-        if len(changed) > 1:
-            changed = [file for file in files if file in changed or file.name == CONFIG_FILE]
-            (path / CONFIG_FILE).unlink(missing_ok=True)
-        for file in changed:
-            os.replace(file, path / file.name)
-        fsync(path)
-        kept = ""
-    except OSError as error:
-        raise _write_error(path, error, kept) from error
-    finally:
-        if not kept.startswith("the new files"):
+        with folder_lock(path):
+            shutil.rmtree(temporary, ignore_errors=True)  # of a killed process
+            temporary.mkdir()
+            try:
+                yield temporary
+                for file in temporary.iterdir():
+                    fsync(file)
+            except BaseException:
+                shutil.rmtree(temporary, ignore_errors=True)
+                raise
+            _move_files(temporary, path)
             shutil.rmtree(temporary, ignore_errors=True)
+    except OSError as error:
+        if error.filename is not None and not path.is_relative_to(error.filename):
+            if not Path(error.filename).is_relative_to(path):
+                raise  # an input that could not be read in the block
+        reason = error.strerror or error
+        raise UserError(f"cannot write {path}: {reason}; nothing was replaced") from error
+    finally:
+        if is_new:
             with contextlib.suppress(OSError):  # not empty, or never made
                 path.rmdir()
-        if lock is not None:
-            os.close(lock)
+
+
+def _move_files(source, target):
+    """If config.json, without which no reader accepts a model folder, is among the files that
+    change, the old one goes first and the new one comes last."""
+    files = sorted(source.iterdir(), key=lambda file: file.name == CONFIG_FILE)
+    changed = [file for file in files if not _same_content(file, target / file.name)]
+    try:
+        if len(changed) > 1 and files[-1].name == CONFIG_FILE:
+            changed = [file for file in files if file in changed or file == files[-1]]
+            (target / CONFIG_FILE).unlink(missing_ok=True)
+        for file in changed:
+            os.replace(file, target / file.name)
+        fsync(target)
+    except OSError as error:
+        what_now = f"the new files are in {source}"
+        raise UserError(f"cannot write {target}: {error.strerror}; {what_now}") from error
 
 
 def _same_content(a, b):

@@ -3,7 +3,6 @@
 python evaluate.py --device cpu --dataset_dir ../data --params_path ../checkpoint
 """
 
-import zlib  # noqa: F401  libpaddle exports zlib symbols of its own; loaded after it, zlib crashes
 import json
 import os
 import sys
@@ -13,10 +12,13 @@ from types import SimpleNamespace
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import thresholds  # noqa: E402
+
 import metric  # noqa: E402
 import utils  # noqa: E402
-from predict import load_forward  # noqa: E402
 from utils import UserError, logger  # noqa: E402
+
+model = utils.lazy_import("model")
 
 FOLDS = 5  # of the cross-validation of thresholds
 CELL_BYTES = 6  # per text and label of what is kept: a probability, a target, a fold's copy
@@ -35,60 +37,102 @@ def parse_args(argv=None):
     add = parser.add_argument_group("output").add_argument
     add("--bad_case_path", default="./bad_case.txt", help="dev texts that are labelled wrongly")
     add("--json_path", help="write all figures there as JSON")
-    page = "write an HTML page there: tables, curves, thresholds, confused labels, worst texts"
-    add("--report_path", help=page)
+    add(
+        "--report_path",
+        help="write an HTML page there: tables, curves, thresholds, confused labels, worst texts",
+    )
     add("--tune_thresholds", action="store_true", help="choose one threshold per label on dev")
-    target = "what tuning raises; both: macro and micro F1 together"
-    add("--tune_for", choices=["macro_f1", "both"], default="macro_f1", help=target)
+    add(
+        "--tune_for",
+        choices=["macro_f1", "both"],
+        default="macro_f1",
+        help="what tuning raises; both: macro and micro F1 together",
+    )
     add("--save_thresholds", action="store_true", help="store the tuned ones in the checkpoint")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.save_thresholds and not args.tune_thresholds:
+        raise UserError("--save_thresholds needs --tune_thresholds")
+    if args.tune_for != "macro_f1" and not args.tune_thresholds:
+        raise UserError("--tune_for needs --tune_thresholds")
+    return args
 
 
-def percent(figures):
-    return tuple(100 * figures[key] for key in ("precision", "recall", "f1"))
+def main(argv=None):
+    args = parse_args(argv)
+    data = Path(args.dataset_dir)
+    info = utils.read_model_info(args.params_path)
+    info = info.with_settings(args.max_seq_length, args.min_labels, args.max_labels)
+    utils.check_labels(data, args.label_file, info.labels)
+    files = {"train": args.train_file, "dev": args.dev_file}
+    if args.skip_train:
+        del files["train"]
+    examples = {k: utils.read_examples(data / v, info.labels) for k, v in files.items()}
+    if args.tune_thresholds and len(examples["dev"][0]) < FOLDS:
+        raise UserError(f"--tune_thresholds needs at least {FOLDS} samples in {args.dev_file}")
+    outputs = [path for path in (args.bad_case_path, args.json_path, args.report_path) if path]
+    inputs = [data / (f or "label.txt") for f in (args.train_file, args.dev_file, args.label_file)]
+    utils.check_outputs(outputs, inputs + utils.model_files(args.params_path))
+    kept = None
+    if args.tune_thresholds or args.report_path:
+        kept = new_kept(len(examples["dev"][0]), len(info.labels))
+    settings = {"batch_size": args.batch_size, "long_text": args.long_text}
+    labeller = model.load_labeller(args.params_path, args.device, info, **settings)
+    if info.thresholds is not None:
+        logger.warning("The thresholds are tuned: figures on the set they come from are optimistic")
+
+    reports = {}
+    if "train" in examples:
+        labeller.desc = "train"
+        reports["train"] = evaluate(labeller, *examples["train"])
+    labeller.desc = "dev"
+    with utils.atomic_file(args.bad_case_path) as file:
+        file.write("Prediction\tLabel\tText\n")
+        reports["dev"] = evaluate(labeller, *examples["dev"], file, kept)
+    log_report(reports["dev"], reports.get("train"))
+    logger.info("Bad case in dev dataset saved in %s", args.bad_case_path)
+    if args.tune_thresholds:
+        reports["tuned"] = tune(args, kept, info)
+    if args.json_path:
+        with utils.atomic_file(args.json_path) as file:
+            json.dump(reports, file, ensure_ascii=False, indent=2)
+            file.write("\n")
+        logger.info("Report saved in %s", args.json_path)
+    if args.report_path:
+        write_page(args, info, reports, *examples["dev"], kept)
+        logger.info("Page saved in %s; open it in a browser", args.report_path)
 
 
-def log_report(dev, train):
-    """The report as log lines; `train` may be None."""
-    logger.info("-----Evaluate model-------")
-    if train:
-        logger.info("Train dataset size: %d", train["samples"])
-    logger.info("Dev dataset size: %d", dev["samples"])
-    logger.info("Accuracy in dev dataset: %.2f%%", 100 * dev["subset_accuracy"])
-    for name in ("micro", "macro"):
-        logger.info(
-            "%s avg in dev dataset: precision: %.2f | recall: %.2f | F1 score %.2f",
-            *(name.capitalize(), *percent(dev[name])),
-        )
-    reports = [("train", train), ("dev", dev)] if train else [("dev", dev)]
-    for i, figures in enumerate(dev["classes"]):
-        logger.info("Class name: %s", figures["label"])
-        for name, report in reports:
-            support = report["classes"][i]["support"]
-            logger.info(
-                "Evaluation examples in %s dataset: %d(%.1f%%) | "
-                "precision: %.2f | recall: %.2f | F1 score %.2f",
-                *(name, support, 100 * support / report["samples"]),
-                *percent(report["classes"][i]),
-            )
-        logger.info("----------------------------")
+def evaluate(labeller, texts, label_ids, file=None, kept=None):
+    """Figures of one set, a chunk of texts at a time; see metric.MultiLabelCounts.report.
 
-
-def write_bad_cases(file, texts, label_ids, predicted, labels):
-    """label_ids, predicted: class ids per text."""
-    for text, given, gold in zip(texts, predicted, label_ids):
-        if set(given) != set(gold):
-            names = (",".join(labels[i] for i in ids) for ids in (given, gold))
-            file.write("\t".join([*names, text]) + "\n")
+    `file` gets the texts that are labelled wrongly, `kept` (see new_kept) the rest.
+    """
+    labels, start = labeller.info.labels, 0
+    counts = metric.MultiLabelCounts(len(labels))
+    labeller.total = labeller.cut = 0
+    for chunk, decisions, probs in labeller.stream(texts):
+        rows = slice(start, start + len(chunk))
+        start += len(chunk)
+        targets = utils.multi_hot(label_ids[rows], len(labels))
+        counts.update(decisions, targets)
+        if file is None:
+            continue
+        predicted = [np.flatnonzero(row).astype(np.int32) for row in decisions]
+        write_bad_cases(file, chunk, label_ids[rows], predicted, labels)
+        if kept:
+            kept.probs[rows], kept.targets[rows] = probs, targets
+            kept.predicted += predicted
+            kept.untuned.update(metric.decode(probs, **labeller.info.limits), targets)
+    labeller.warn_cut()
+    return counts.report(labels)
 
 
 def new_kept(num_texts, num_labels):
     """What --tune_thresholds and --report_path need of the dev set: all its probabilities.
 
-    Raises UserError if they would take more than half of the machine's memory.
+    Raises UserError if they would take more than half of the memory.
     """
-    needed = CELL_BYTES * num_texts * num_labels
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    needed, memory = CELL_BYTES * num_texts * num_labels, memory_bytes()
     if needed > memory / 2:
         raise UserError(
             f"--tune_thresholds and --report_path take {CELL_BYTES} bytes x {num_texts} texts x "
@@ -103,33 +147,48 @@ def new_kept(num_texts, num_labels):
     )
 
 
-def evaluate(args, model, name, examples, file=None, kept=None):
-    """Figures of one set, a chunk of texts at a time; see metric.MultiLabelCounts.report.
+def memory_bytes():
+    """Memory that this process may use: the machine's, or its container's (cgroup v2, v1)."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        file = Path("/sys/fs/cgroup") / name
+        limit = file.read_text().strip() if file.exists() else "max"
+        if limit != "max":
+            limits.append(int(limit))
+    return min(limits)
 
-    model: (forward, utils.ModelInfo, tokenizer, longest sequence). `file` gets the texts that are
-    labelled wrongly, `kept` (see new_kept) the rest.
-    """
-    (forward, info, tokenizer, max_seq_length), num_labels = model, len(model[1].labels)
-    counts, total_cut, size = metric.MultiLabelCounts(num_labels), 0, utils.chunk_size(num_labels)
-    for start in range(0, len(examples[0]), size):
-        rows = slice(start, start + size)
-        texts, label_ids = (values[rows] for values in examples)
-        encoded, cut = utils.encode(texts, tokenizer, max_seq_length, args.long_text)
-        logits = utils.logits_of(forward, encoded, args.batch_size, num_labels, name)
-        probs, targets = metric.probabilities(logits), utils.multi_hot(label_ids, num_labels)
-        decisions = metric.decode(probs, **info.rule)
-        counts.update(decisions, targets)
-        total_cut += cut
-        if file is None:
-            continue
-        predicted = [np.flatnonzero(row).astype(np.int32) for row in decisions]
-        write_bad_cases(file, texts, label_ids, predicted, info.labels)
-        if kept:
-            kept.probs[rows], kept.targets[rows] = probs, targets
-            kept.predicted += predicted
-            kept.untuned.update(metric.decode(probs, **info.limits), targets)
-    utils.warn_truncated(total_cut, len(examples[0]), max_seq_length, args.long_text)
-    return counts.report(info.labels)
+
+def percent(figures):
+    precision, recall, f1 = (100 * figures[key] for key in ("precision", "recall", "f1"))
+    return f"precision: {precision:.2f} | recall: {recall:.2f} | F1 score {f1:.2f}"
+
+
+def log_report(dev, train):
+    """The report as log lines; `train` may be None."""
+    logger.info("-----Evaluate model-------")
+    if train:
+        logger.info("Train dataset size: %d", train["samples"])
+    logger.info("Dev dataset size: %d", dev["samples"])
+    logger.info("Accuracy in dev dataset: %.2f%%", 100 * dev["subset_accuracy"])
+    for name in ("micro", "macro"):
+        logger.info("%s avg in dev dataset: %s", name.capitalize(), percent(dev[name]))
+    reports = [("train", train), ("dev", dev)] if train else [("dev", dev)]
+    for i, figures in enumerate(dev["classes"]):
+        logger.info("Class name: %s", figures["label"])
+        for name, report in reports:
+            row, total = report["classes"][i], report["samples"]
+            share = f"{row['support']}({100 * row['support'] / total:.1f}%)"
+            message = "Evaluation examples in %s dataset: %s | %s"
+            logger.info(message, name, share, percent(row))
+        logger.info("----------------------------")
+
+
+def write_bad_cases(file, texts, label_ids, predicted, labels):
+    """label_ids, predicted: class ids per text."""
+    for text, given, gold in zip(texts, predicted, label_ids):
+        if set(given) != set(gold):
+            names = (",".join(labels[i] for i in ids) for ids in (given, gold))
+            file.write("\t".join([*names, text]) + "\n")
 
 
 def write_page(args, info, reports, texts, label_ids, kept):
@@ -150,89 +209,40 @@ def write_page(args, info, reports, texts, label_ids, kept):
     }
     if "tuned" in reports:
         reports = {**reports, "out_of_sample": reports["tuned"]["out_of_sample"]}
-    thresholds = info.thresholds or [metric.DEFAULT_THRESHOLD] * kept.probs.shape[1]
-    page = report.render(about, reports, texts, label_ids, kept.predicted, kept.probs, thresholds)
+    used = info.thresholds or [metric.DEFAULT_THRESHOLD] * kept.probs.shape[1]
+    page = report.render(about, reports, texts, label_ids, kept.predicted, kept.probs, used)
     with utils.atomic_file(args.report_path) as file:
         file.write(page)
 
 
-def save_thresholds(params_path, thresholds):
+def save_thresholds(params_path, tuned):
     path = Path(params_path) / utils.CONFIG_FILE
-    config = {**utils.read_json(path), "thresholds": list(thresholds)}
+    config = {**utils.read_json(path), "thresholds": tuned}
     with utils.atomic_file(path) as file:
         file.write(json.dumps(config, ensure_ascii=False, indent=2) + "\n")
-
-
-def main(argv=None):
-    args = parse_args(argv)
-    if args.save_thresholds and not args.tune_thresholds:
-        raise UserError("--save_thresholds needs --tune_thresholds")
-    if args.tune_for != "macro_f1" and not args.tune_thresholds:
-        raise UserError("--tune_for needs --tune_thresholds")
-    data = Path(args.dataset_dir)
-    info = utils.read_model_info(args.params_path).with_limits(args.min_labels, args.max_labels)
-    utils.check_labels(data, args.label_file, info.labels)
-    max_seq_length = args.max_seq_length or info.max_seq_length
-    utils.check_length(max_seq_length, info.max_position)
-    files = {"train": args.train_file, "dev": args.dev_file}
-    if args.skip_train:
-        del files["train"]
-    examples = {k: utils.read_examples(data / v, info.labels) for k, v in files.items()}
-    if args.tune_thresholds and len(examples["dev"][0]) < FOLDS:
-        raise UserError(f"--tune_thresholds needs at least {FOLDS} samples in {args.dev_file}")
-    outputs = [path for path in (args.bad_case_path, args.json_path, args.report_path) if path]
-    inputs = [data / (f or "label.txt") for f in (args.train_file, args.dev_file, args.label_file)]
-    model_files = (utils.CONFIG_FILE, utils.WEIGHTS_FILE, *utils.TOKENIZER_FILES)
-    inputs += [Path(args.params_path) / name for name in model_files]
-    utils.check_outputs(outputs, inputs)
-    kept = None
-    if args.tune_thresholds or args.report_path:
-        kept = new_kept(len(examples["dev"][0]), len(info.labels))
-    forward, _ = load_forward(args.params_path, args.device)
-    if info.thresholds is not None:
-        logger.warning("The thresholds are tuned: figures on the set they come from are optimistic")
-    model = forward, info, utils.load_tokenizer(args.params_path), max_seq_length
-
-    reports = {}
-    if "train" in examples:
-        reports["train"] = evaluate(args, model, "train", examples["train"])
-    with utils.atomic_file(args.bad_case_path) as file:
-        file.write("Prediction\tLabel\tText\n")
-        reports["dev"] = evaluate(args, model, "dev", examples["dev"], file, kept)
-    log_report(reports["dev"], reports.get("train"))
-    logger.info("Bad case in dev dataset saved in %s", args.bad_case_path)
-    if args.tune_thresholds:
-        reports["tuned"] = tune(args, kept, info)
-    if args.json_path:
-        with utils.atomic_file(args.json_path) as file:
-            json.dump(reports, file, ensure_ascii=False, indent=2)
-            file.write("\n")
-        logger.info("Report saved in %s", args.json_path)
-    if args.report_path:
-        write_page(args, info, reports, *examples["dev"], kept)
-        logger.info("Page saved in %s; open it in a browser", args.report_path)
 
 
 def tune(args, kept, info):
     """Logs what tuned thresholds give on held-out folds; stores them in the checkpoint if asked."""
     labels, limits = info.labels, info.limits
-    thresholds, held_out = metric.tune_thresholds(
+    tuned, held_out = thresholds.tune_thresholds(
         kept.probs, kept.targets, FOLDS, target=args.tune_for, **limits
     )
     before, after = kept.untuned.report(labels), held_out.report(labels)
-    logger.info(
-        "Tuned thresholds, out of sample (%d-fold cross-validation on dev): "
-        "micro F1 %.2f -> %.2f | macro F1 %.2f -> %.2f",
-        *(FOLDS, *(100 * r[avg]["f1"] for avg in ("micro", "macro") for r in (before, after))),
+    micro, macro = (
+        f"{average} F1 {100 * before[average]['f1']:.2f} -> {100 * after[average]['f1']:.2f}"
+        for average in ("micro", "macro")
     )
-    for label, threshold in zip(labels, thresholds):
+    message = "Tuned thresholds, out of sample (%d-fold cross-validation on dev): %s | %s"
+    logger.info(message, FOLDS, micro, macro)
+    for label, threshold in zip(labels, tuned):
         logger.info("Threshold of %s: %.3f", label, threshold)
     if args.save_thresholds:
-        save_thresholds(args.params_path, thresholds)
+        save_thresholds(args.params_path, tuned)
         logger.info("Thresholds stored in %s/%s", args.params_path, utils.CONFIG_FILE)
     else:
         logger.info("Add --save_thresholds to store them in the checkpoint")
-    return {"thresholds": dict(zip(labels, thresholds)), "out_of_sample": after}
+    return {"thresholds": dict(zip(labels, tuned)), "out_of_sample": after}
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """Fixtures: the tiny model, a trained checkpoint, the shared real data where it is at hand."""
 
-import zlib  # noqa: F401  before anything loads paddle, see platform notes in train.py
 import importlib.util
 import json
 import os
 import re
 import shutil
+import socket
 import sys
 from pathlib import Path
 
@@ -20,6 +20,13 @@ sys.path[:0] = [str(REPO / folder) for folder in FOLDERS]
 import utils  # noqa: E402
 
 SAMPLE = REPO / "data"
+
+
+def free_port():
+    """A TCP port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def needs_package(name):
@@ -157,20 +164,22 @@ def limited(checkpoint, bundle, tmp_path_factory):
     The checkpoint has the thresholds only, the bundle the limits as well. The labels are found text
     by text in another way than metric.decode's; texts on the edge of another answer are left out.
     """
-    import export_model
+    import thresholds
+
     import metric
+    import model as models
 
     labels = utils.read_labels(SAMPLE / "label.txt")
     texts, label_ids = utils.read_examples(SAMPLE / "dev.txt", labels)
-    model, info = export_model.load_checkpoint(checkpoint)
+    model, info = models.load_checkpoint(checkpoint)
     encoded, _ = utils.encode(texts, utils.load_tokenizer(checkpoint), info.max_seq_length)
     probs = metric.probabilities(
-        utils.logits_of(export_model.dygraph_forward(model), encoded, 32, len(labels))
+        utils.logits_of(models.dygraph_forward(model), encoded, 32, len(labels))
     )
-    thresholds, _ = metric.tune_thresholds(probs, utils.multi_hot(label_ids, len(labels)))
+    tuned, _ = thresholds.tune_thresholds(probs, utils.multi_hot(label_ids, len(labels)))
     kept, names, passing = [], [], set()
     for text, row in zip(texts, probs.tolist()):
-        margins = sorted(((p - t, -i) for i, (p, t) in enumerate(zip(row, thresholds))))[::-1]
+        margins = sorted(((p - t, -i) for i, (p, t) in enumerate(zip(row, tuned))))[::-1]
         count = sum(margin > 0 for margin, _ in margins)
         number = min(max(count, 1), 2)
         if margins[number - 1][0] - margins[number][0] > 1e-4 < min(abs(m) for m, _ in margins):
@@ -182,7 +191,7 @@ def limited(checkpoint, bundle, tmp_path_factory):
     limits = {"min_labels": 1, "max_labels": 2}
     for source, name, more in ((checkpoint, "checkpoint", {}), (bundle, "bundle", limits)):
         path = shutil.copytree(source, folder / name) / utils.CONFIG_FILE
-        config = {**utils.read_json(path), "thresholds": thresholds, **more}
+        config = {**utils.read_json(path), "thresholds": tuned, **more}
         path.write_text(json.dumps(config), encoding="utf-8")
     return folder / "checkpoint", folder / "bundle", kept, names
 

@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import resource
+import shutil
 import stat
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 from conftest import REPO, SAMPLE
 
+import model as models
 import utils
 from utils import UserError
 
@@ -72,12 +74,9 @@ def test_the_sample_is_not_copied_from_the_real_set(shared):
 def test_initial_model_loads_in_paddlenlp_and_in_train(tiny_model, tmp_path):
     from paddlenlp.transformers import ErnieForSequenceClassification
 
-    import export_model
-
-    written = utils.load_weights(tiny_model / utils.WEIGHTS_FILE)
+    written = models.load_weights(tiny_model / utils.WEIGHTS_FILE)
     theirs = ErnieForSequenceClassification.from_pretrained(str(tiny_model), num_labels=20)
-    ours, folder = export_model.load_pretrained(str(tiny_model), list(make_sample.LABELS), tmp_path)
-    assert folder == tiny_model
+    ours = models.load_folder(tiny_model, list(make_sample.LABELS))
     for model in (theirs, ours):
         state = {name: value.numpy() for name, value in model.state_dict().items()}
         assert set(state) - set(written) == {"classifier.weight", "classifier.bias"}
@@ -111,6 +110,30 @@ def test_given_vocabulary_shape_and_seed(tmp_path):
     assert config["hidden_dropout_prob"] == config["attention_probs_dropout_prob"] == 0.3
     content = [(tmp_path / name / utils.WEIGHTS_FILE).read_bytes() for name in "abc"]
     assert content[0] == content[1] != content[2]
+
+
+def test_the_folder_of_the_vocabulary_is_not_overwritten(tiny_model, tmp_path, run_cli):
+    """It may hold a pretrained model."""
+    folder = shutil.copytree(tiny_model, tmp_path / "pretrained")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    (tmp_path / "link").symlink_to(folder)
+    for output in (folder, tmp_path / "link", folder / ".." / "pretrained"):
+        argv = ["--vocab_file", folder / "vocab.txt", "--output_dir", output]
+        status, error = run_cli(init_model.main, argv)
+        assert status == 2 and "vocab.txt: it is an input of this command" in error
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_vocabulary_from_a_pipe(tiny_model, tmp_path):
+    """It is read once, and a line ends at a line feed alone."""
+    vocab = [*utils.SPECIAL_TOKENS, *(f"词{i}" for i in range(2000)), "\u2028", "\x85", "甲\r乙"]
+    reader, writer = os.pipe()
+    os.write(writer, "".join(f"{token}\n" for token in vocab).encode())
+    os.close(writer)
+    init_model.main(["--vocab_file", f"/dev/fd/{reader}", "--output_dir", str(tmp_path / "m")])
+    os.close(reader)
+    assert list(utils.read_texts(tmp_path / "m" / "vocab.txt")) == vocab
+    assert utils.read_json(tmp_path / "m" / "config.json")["vocab_size"] == len(vocab)
 
 
 @pytest.mark.parametrize(
@@ -194,7 +217,7 @@ def test_weights_that_carry_code_are_refused_and_not_run(tmp_path, function):
     for protocol in (2, 4):
         path.write_bytes(pickle.dumps({"w": np.zeros(3), "x": [evil]}, protocol))
         with pytest.raises(UserError, match=f"w.pdparams: .*{function.__name__}"):
-            utils.load_weights(path)
+            models.load_weights(path)
     assert not marker.exists()
     pickle.loads(path.read_bytes())
     assert marker.exists()  # it would have done harm
@@ -207,12 +230,12 @@ def test_weights_round_trip(tmp_path):
     weights = {"层.weight": rng.random((3, 4), np.float32), "b": np.arange(5)}
     weights["c"] = np.array(2, dtype=np.float16)
     with open(tmp_path / "w.pdparams", "wb") as file:
-        utils.save_weights(file, weights)
+        models.save_weights(file, weights)
     layer = paddle.nn.Linear(3, 2)
     paddle.save(layer.state_dict(), str(tmp_path / "p.pdparams"))
     by_paddle = {name: value.numpy() for name, value in layer.state_dict().items()}
     for path, expected in (("w.pdparams", weights), ("p.pdparams", by_paddle)):
-        for load in (utils.load_weights, lambda p: paddle.load(str(p), return_numpy=True)):
+        for load in (models.load_weights, lambda p: paddle.load(str(p), return_numpy=True)):
             loaded = load(tmp_path / path)
             assert list(loaded) == list(expected)
             for name, array in expected.items():
@@ -222,12 +245,12 @@ def test_weights_round_trip(tmp_path):
 def test_broken_weights(tmp_path):
     path = tmp_path / "w.pdparams"
     with pytest.raises(UserError, match="w.pdparams: No such file"):
-        utils.load_weights(path)
+        models.load_weights(path)
     whole = pickle.dumps({"a": np.arange(1000)}, 4)
     for content in (whole[:-100], whole[:20], b"", b"\x00" * 50, pickle.dumps([np.zeros(3)])):
         path.write_bytes(content)
         with pytest.raises(UserError, match="w.pdparams: broken weights file"):
-            utils.load_weights(path)
+            models.load_weights(path)
 
 
 # ---------------------------------------------------------------------- whole or not at all
@@ -321,6 +344,22 @@ def test_replacing_a_model_folder(tmp_path, monkeypatch, changed):
     assert content_of(path) == {**OLD_FOLDER, **new} and os.listdir(path.parent) == ["model"]
     # A config must never be seen beside other weights; alone these are replaced in one step.
     assert set(seen) == ({None} if changed else {"c"})
+
+
+def test_the_user_s_own_empty_folder_stays(tmp_path):
+    (tmp_path / "mine").mkdir()
+    for name, stays in (("mine", True), ("new", False)):
+        with pytest.raises(ZeroDivisionError), utils.atomic_folder(tmp_path / name):
+            raise ZeroDivisionError
+        assert (tmp_path / name).exists() == stays
+    assert os.listdir(tmp_path / "mine") == []
+
+
+def test_a_config_that_is_not_written_stays(tmp_path):
+    """Several new files, but none of a model, in a folder that has a config.json of its own."""
+    write_folder(tmp_path / "model", **OLD)
+    write_folder(tmp_path / "model", **{"a.txt": "a", "b.txt": "b"})
+    assert content_of(tmp_path / "model") == {**OLD, "a.txt": "a", "b.txt": "b"}
 
 
 def test_two_new_files_beside_an_unchanged_config(tmp_path):

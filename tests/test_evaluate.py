@@ -13,6 +13,7 @@ from conftest import SAMPLE
 from sklearn.metrics import accuracy_score, precision_recall_fscore_support
 
 import metric
+import model as models
 import predict
 import utils
 
@@ -35,9 +36,7 @@ def data(small_data, tmp_path_factory):
 
 
 def probabilities(checkpoint, texts):
-    forward, info = predict.load_forward(checkpoint, "cpu")
-    encoded, _ = utils.encode(texts, utils.load_tokenizer(checkpoint), info.max_seq_length)
-    return metric.probabilities(utils.logits_of(forward, encoded, 32, 20))
+    return metric.probabilities(models.load_labeller(checkpoint, "cpu").logits(texts))
 
 
 @pytest.fixture(scope="module")
@@ -254,8 +253,12 @@ FAULTS = {
     "unknown device": ({}, ["--device", "tpu"], "--device tpu: "),
     "no output folder": ({}, ["--bad_case_path", "none/b.txt"], "none/b.txt: no folder"),
     "no page folder": ({}, ["--report_path", "none/r.html"], "none/r.html: no folder"),
-    "page over an input": ({}, ["--report_path", "data/dev.txt"], "data/dev.txt, which is read"),
-    "one file for two": ({}, ["--json_path", "r", "--report_path", "r"], "r, which is another"),
+    "page over an input": (
+        {},
+        ["--report_path", "data/dev.txt"],
+        "data/dev.txt: it is an input",
+    ),
+    "one file for two": ({}, ["--json_path", "r", "--report_path", "r"], "r: it is another result"),
     "too few to tune": (
         {"dev.txt": "a\t\n" * 4},
         ["--tune_thresholds"],

@@ -19,7 +19,7 @@ from scipy.special import erf
 from tokenizers import Tokenizer
 
 import export_model
-import predict
+import model as models
 import prune
 import train
 import utils
@@ -144,7 +144,7 @@ def batch_of(folder, texts=TEXTS):
 
 def logits_of(model, batch):
     model.eval()
-    return export_model.dygraph_forward(model)(**batch)
+    return models.dygraph_forward(model)(**batch)
 
 
 # -------------------------------------------------------------------------------- what is computed
@@ -160,9 +160,9 @@ def test_ernie_gives_the_logits_of_the_paddle_folder(
     if not use_task_id:
         del weights["ernie.embeddings.task_type_embeddings.weight"]
     with open(paddle_folder / utils.WEIGHTS_FILE, "wb") as file:
-        utils.save_weights(file, weights)
+        models.save_weights(file, weights)
     ours, theirs = (
-        logits_of(export_model.load_folder(place, LABELS), batch_of(place))
+        logits_of(models.load_folder(place, LABELS), batch_of(place))
         for place in (folder, paddle_folder)
     )
     assert np.array_equal(ours, theirs) and ours.std() > 0.1
@@ -197,7 +197,7 @@ def test_names_of_other_conversions(arrays, write, rename):
 
 
 def load_state(folder, labels=LABELS):
-    model = export_model.load_folder(folder, labels)
+    model = models.load_folder(folder, labels)
     return {name: value.numpy() for name, value in model.state_dict().items()}
 
 
@@ -261,7 +261,7 @@ def test_epsilon_reaches_every_reader(arrays, write, small_data, tmp_path, model
         flags = f"--device cpu --dataset_dir {small_data} --params_dir {tmp_path / 'checkpoint'}"
         flags += f" --output_dir {tmp_path} --width_mult 1 --max_steps 1 --learning_rate 0"
         prune.main(flags.split())
-        forward, _ = predict.load_forward(tmp_path / "1.0", "cpu")
+        forward = models.load_labeller(tmp_path / "1.0", "cpu").forward
         np.testing.assert_allclose(forward(**batch), expected, rtol=0, atol=1e-4)
 
 
@@ -274,9 +274,9 @@ def assert_all_agree(folder, batch, expected):
     """The checkpoint in the folder, predict.py's graph, the bundle and its ONNX file."""
     prefix = folder / "export" / "float32"
     forwards = [
-        export_model.dygraph_forward(export_model.load_checkpoint(folder / "checkpoint")[0]),
-        predict.load_forward(folder / "checkpoint", "cpu")[0],
-        export_model.static_forward(prefix),
+        models.dygraph_forward(models.load_checkpoint(folder / "checkpoint")[0]),
+        models.load_labeller(folder / "checkpoint", "cpu").forward,
+        models.static_forward(prefix),
         predictor.onnx_forward(predictor.open_session(prefix)),
     ]
     for forward in forwards:
@@ -292,7 +292,7 @@ ENGLISH = [
 
 @pytest.fixture(scope="module")
 def encoder(minilm):
-    model = export_model.load_folder(minilm, ["a", "b"])
+    model = models.load_folder(minilm, ["a", "b"])
     model.eval()
     return model
 
@@ -354,7 +354,7 @@ def test_minilm_checkpoint_bundle_and_onnx_agree(english):
     """Its weights in the reference are the checkpoint's, so nothing else can explain the logits."""
     folder, _ = english
     batch = batch_of(folder / "checkpoint", ENGLISH[:5])
-    weights = utils.load_weights(folder / "checkpoint" / utils.WEIGHTS_FILE)
+    weights = models.load_weights(folder / "checkpoint" / utils.WEIGHTS_FILE)
     renamed = {k.replace("bert.", "ernie."): v for k, v in weights.items()}
     task = {"ernie.embeddings.task_type_embeddings.weight": np.zeros((1, 384))}
     arrays = hugging_face_names({**renamed, **task}, 6)
@@ -428,13 +428,13 @@ def test_missing_pooler_is_told_once(source, arrays, write, capsys):
             {"model_type": "roberta"},
             "model_type 'roberta' is not supported; use one of ernie, bert",
         ),
-        ({"num_hidden_layers": 1}, "is no part of the model that config.json"),
+        ({"num_hidden_layers": 1}, "superfluous parameter encoder.layer.1"),
         ({"num_hidden_layers": 3}, "no parameter encoder.layer.2.attention.self.query.weight"),
         ({"hidden_size": 64}, "has shape"),
         ({"layer_norm_eps": 0.1}, "layer_norm_eps 0.1 is not between 0 and 1e-3"),
         ({"num_attention_heads": 3}, "no valid model description"),
-        ({"hidden_dropout_prob": 1.5}, "hidden_dropout_prob 1.5 is no rate of at least 0"),
-        ({"attention_probs_dropout_prob": "a"}, "attention_probs_dropout_prob 'a' is no rate"),
+        ({"hidden_dropout_prob": 1.5}, "hidden_dropout_prob 1.5 is not a rate of at least 0"),
+        ({"attention_probs_dropout_prob": "a"}, "attention_probs_dropout_prob 'a' is not a rate"),
         ({"width_mult": "1/0"}, "no valid model description"),
     ],
 )

@@ -19,6 +19,7 @@ from conftest import REPO, SAMPLE
 
 import export_model
 import metric
+import model as models
 import predict
 import utils
 
@@ -265,9 +266,9 @@ def test_onnx_files_are_made_once_and_again_for_other_weights(own_bundle, checkp
     assert [stamp(file) for file in files] == before
     # Other weights are put into the folder; the ONNX files of the old ones stay behind.
     other = shutil.copytree(checkpoint, tmp_path / "other")
-    weights = utils.load_weights(other / utils.WEIGHTS_FILE)
+    weights = models.load_weights(other / utils.WEIGHTS_FILE)
     with open(other / utils.WEIGHTS_FILE, "wb") as file:
-        utils.save_weights(file, {k: v * np.float32(0.5) for k, v in weights.items()})
+        models.save_weights(file, {k: v * np.float32(0.5) for k, v in weights.items()})
     export = tmp_path / "export"
     export_model.main(["--params_path", str(other), "--output_path", str(export)])
     for file in export.iterdir():
@@ -326,7 +327,7 @@ def test_needs_neither_paddle_nor_packages_beyond_its_requirements(own_bundle, d
     requirements = (INFER.parent / "requirements.txt").read_text(encoding="utf-8").splitlines()
     lines = (line.split("#")[0].strip() for line in requirements)
     listed = {re.split("[=<>]", line)[0] for line in lines if line}
-    assert {"onnxruntime", "onnx", "tokenizers", "numpy", "tqdm", "filelock"} == listed
+    assert {"onnxruntime", "onnx", "tokenizers", "numpy", "tqdm", "filelock", "joblib"} == listed
     code = (
         "import sys\n"
         "absent = 'paddle paddle2onnx paddlenlp sklearn scipy pandas matplotlib torch'.split()\n"
@@ -532,12 +533,12 @@ def test_real_dev_set_agrees(shared, tmp_path):
     flags = ["--shape", "tiny", "--vocab_file", str(vocab), "--dataset_dir", str(real)]
     prefix = onnx_speed.random_bundle(onnx_speed.parse_args(flags), tmp_path)
     texts, _ = utils.read_examples(real / "dev.txt", utils.read_labels(real / "label.txt"))
-    model, _ = export_model.load_checkpoint(tmp_path / "checkpoint")
+    model, _ = models.load_checkpoint(tmp_path / "checkpoint")
     onnx_predictor = predictor.Predictor(prefix)
-    encoded, _ = onnx_predictor.encode(texts)
+    encoded = onnx_predictor.encode(texts)
     forwards = [
-        export_model.dygraph_forward(model),
-        export_model.static_forward(prefix),
+        models.dygraph_forward(model),
+        models.static_forward(prefix),
         onnx_predictor.forward,
     ]
     trained, *others = (utils.logits_of(forward, encoded, 32, 20) for forward in forwards)

@@ -6,8 +6,9 @@ import paddle.nn.functional as F
 import pytest
 from test_train import argv, records, same_weights, weights
 
+import model as models
 import train
-from export_model import build_model
+from model import build_model
 
 LOGITS = np.array([[-9.0, -1.0, 0.0, 0.5], [3.0, 12.0, -4.0, -0.2]], dtype=np.float32)
 TARGETS = np.array([[0, 1, 1, 0], [1, 1, 0, 0]], dtype=np.float32)
@@ -81,7 +82,7 @@ KEPT = {"macro_f1": (3, "macro f1 score"), "micro_f1": (1, "micro f1 score"), "l
 def test_metric_for_best(small_data, tiny_model, tmp_path, monkeypatch, run_cli, name):
     """The model of the best epoch is kept, and the log names the metric."""
     results = iter(SCORES)
-    monkeypatch.setattr(train, "evaluate", lambda *_: next(results))
+    monkeypatch.setattr(models, "evaluate", lambda *_: next(results))
     extra = ["--epochs", "3", "--metric_for_best", name]
     status, error = run_cli(train.main, argv(small_data, tiny_model, tmp_path / "a", *extra))
     epoch, shown = KEPT[name]
@@ -91,9 +92,57 @@ def test_metric_for_best(small_data, tiny_model, tmp_path, monkeypatch, run_cli,
     extra = ["--epochs", str(epoch)]
     best = {"loss": 9.0, "micro_f1": 0.0, "macro_f1": 0.0}
     steps = iter([best] * (epoch - 1) + [SCORES[0]])
-    monkeypatch.setattr(train, "evaluate", lambda *_: next(steps))
+    monkeypatch.setattr(models, "evaluate", lambda *_: next(steps))
     train.main(argv(small_data, tiny_model, tmp_path / "b", *extra))
     assert same_weights(tmp_path / "a", tmp_path / "b") and weights(tmp_path / "a")
+
+
+def gradients(model, scale, monkeypatch):
+    """Of one batch with padding, after unscale."""
+    monkeypatch.setattr(models, "LOSS_SCALE", scale)
+    ids = np.arange(5, 69).reshape(4, 16)
+    ids[1:, 5:] = 0  # [PAD]
+    logits = model(paddle.to_tensor(ids), paddle.zeros(ids.shape, "int64"))
+    targets = paddle.to_tensor(np.eye(4, 5, dtype=np.float32))
+    models.scaled_backward(F.binary_cross_entropy_with_logits(logits, targets))
+    models.unscale(model.parameters())
+    found = {name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None}
+    model.clear_gradients()
+    return found
+
+
+def test_the_loss_scale_leaves_the_gradients_as_they_are(tiny_model, monkeypatch):
+    """A power of two is exact; only what was subnormal before is not rounded to it any more."""
+    model = build_model(tiny_model, 5)
+    model.eval()
+    plain, scaled = (gradients(model, 2.0**power, monkeypatch) for power in (0, 20))
+    assert plain.keys() == scaled.keys() and len(plain) > 20
+    largest = max(np.abs(gradient).max() for gradient in plain.values())
+    assert largest > 0
+    for name, gradient in plain.items():
+        np.testing.assert_allclose(scaled[name], gradient, rtol=1e-5, atol=1e-7 * largest)
+
+
+def test_no_subnormal_numbers_in_the_backward_pass(tiny_model, monkeypatch):
+    """Gradients of a well trained model are small; times masked weights they were subnormal."""
+    model = build_model(tiny_model, 5)
+    model.eval()
+    tiny, softmax = np.finfo(np.float32).tiny, F.softmax
+    seen = []
+
+    def watched(x, *args, **kwargs):
+        y = softmax(x, *args, **kwargs)
+        y.register_hook(lambda gradient: seen.append((y.numpy(), gradient.numpy())))
+        return y
+
+    monkeypatch.setattr(F, "softmax", watched)
+    counts = []
+    for scale in (2.0**-10, 2.0**10):  # as with a loss 2**-10 times as large
+        seen.clear()
+        gradients(model, scale, monkeypatch)
+        products = np.concatenate([np.abs(y * gradient).ravel() for y, gradient in seen])
+        counts.append(int(((products > 0) & (products < tiny)).sum()))
+    assert counts[0] > 0 == counts[1], counts
 
 
 def test_fast_dropout():
@@ -101,7 +150,7 @@ def test_fast_dropout():
     original = F.dropout
     x = paddle.ones([400, 500])
     x.stop_gradient = False
-    with train.fast_dropout(1):
+    with models.fast_dropout(1):
         y = F.dropout(x, 0.3)
         assert F.dropout(x, 0.3, training=False) is x and F.dropout(x, 0.0) is x
         assert float(F.dropout(x, 1.0).abs().sum()) == 0
@@ -122,7 +171,7 @@ def test_fast_dropout_is_the_only_one(tiny_model):
 
     def logits(numpy_seed, paddle_seed):
         paddle.seed(paddle_seed)
-        with train.fast_dropout(numpy_seed), paddle.no_grad():
+        with models.fast_dropout(numpy_seed), paddle.no_grad():
             return model(ids, paddle.zeros_like(ids)).numpy()
 
     np.testing.assert_array_equal(logits(1, 1), logits(1, 2))

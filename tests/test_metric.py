@@ -6,6 +6,7 @@ import warnings
 
 import numpy as np
 import pytest
+import thresholds
 from sklearn.metrics import accuracy_score, f1_score, precision_recall_fscore_support
 
 import metric
@@ -197,7 +198,7 @@ def test_best_threshold_against_brute_force(digits):
         targets[rng.integers(40)] = True
         probs = (0.7 * rng.random(40) + 0.3 * targets * rng.random(40)).round(digits)
         probs = probs.astype(np.float32)
-        threshold, f1 = metric.best_threshold(probs, targets)
+        threshold, f1 = thresholds.best_threshold(probs, targets)
         cuts = np.concatenate([[0], np.unique(probs), np.arange(0, 1, 0.01)])
         assert f1 == pytest.approx(max(f1_at(probs, targets, cut) for cut in cuts), abs=1e-12)
         assert f1_at(probs, targets, threshold) == pytest.approx(f1, abs=1e-12)
@@ -206,17 +207,17 @@ def test_best_threshold_against_brute_force(digits):
 
 def test_best_threshold_keeps_clear_of_the_samples():
     targets = np.array([1, 1, 0, 0], dtype=bool)
-    threshold, f1 = metric.best_threshold(np.array([0.9, 0.8, 0.2, 0.1]), targets)
+    threshold, f1 = thresholds.best_threshold(np.array([0.9, 0.8, 0.2, 0.1]), targets)
     assert (threshold, f1) == (pytest.approx(0.5), 1.0)
-    assert metric.best_threshold(np.array([0.9, 0.8]), np.zeros(2)) == (0.5, 0.0)
+    assert thresholds.best_threshold(np.array([0.9, 0.8]), np.zeros(2)) == (0.5, 0.0)
     # 0.85 (one right) and 0.05 (all of four, two right) give 2/3 each; 0.85 is nearer to 0.5.
-    tied = metric.best_threshold(np.array([0.95, 0.75, 0.6, 0.1]), np.array([1, 0, 0, 1]))
+    tied = thresholds.best_threshold(np.array([0.95, 0.75, 0.6, 0.1]), np.array([1, 0, 0, 1]))
     assert tied == (pytest.approx(0.85), pytest.approx(2 / 3))
 
 
 def test_best_threshold_of_probabilities_that_are_all_zero():
     probs, targets = np.zeros(10, dtype=np.float32), np.arange(10) < 3
-    threshold, _ = metric.best_threshold(probs, targets)
+    threshold, _ = thresholds.best_threshold(probs, targets)
     assert 0 <= threshold <= 1
 
 
@@ -225,8 +226,20 @@ def test_best_threshold_of_neighbouring_probabilities(probability):
     below = np.nextafter(np.float32(probability), np.float32(0))
     probs = np.array([probability, below, 0.2], dtype=np.float32)
     targets = np.array([True, False, False])
-    threshold, f1 = metric.best_threshold(probs, targets)
+    threshold, f1 = thresholds.best_threshold(probs, targets)
     assert f1 == 1.0 and metric.decode(probs, threshold).tolist() == [True, False, False]
+
+
+def test_probabilities_keep_their_precision_near_0():
+    """Logits far below 0 are told apart, so that min_labels gives the greatest of them."""
+    logits = np.array([[-20, -18.5, -17.6, -19], [-16, -15.9, -15.8, -90]], np.float32)
+    probs = metric.probabilities(logits)
+    assert probs.dtype == np.float32
+    np.testing.assert_allclose(probs, 1 / (1 + np.exp(-logits.astype(float))), rtol=1e-6)
+    decisions = metric.decode(probs, min_labels=1)
+    assert decisions.argmax(axis=1).tolist() == [2, 2] and decisions.sum() == 2
+    extremes = metric.probabilities(np.array([-200, -0.0, 0.0, 200]))
+    assert extremes.tolist() == [0, 0.5, 0.5, 1]
 
 
 def test_tuning_gains_nothing_from_noise():
@@ -236,10 +249,10 @@ def test_tuning_gains_nothing_from_noise():
     for seed in range(30):
         probs = rng.random((200, 4)).astype(np.float32)
         targets = rng.random((200, 4)) < 0.5
-        thresholds, held_out = metric.tune_thresholds(probs, targets, seed=seed)
+        tuned, held_out = thresholds.tune_thresholds(probs, targets, seed=seed)
         always = counts_of(np.ones_like(targets), targets).macro_f1  # the best rule for noise
         gains.append(held_out.macro_f1 - always)
-        in_sample.append(counts_of(metric.decode(probs, thresholds), targets).macro_f1 - always)
+        in_sample.append(counts_of(metric.decode(probs, tuned), targets).macro_f1 - always)
         assert held_out.samples == 200
     assert np.mean(in_sample) > 0.002  # else the test could not tell the two apart
     assert np.mean(gains) < 0
@@ -250,27 +263,27 @@ def test_tuning_finds_a_shifted_threshold():
     targets = rng.random((500, 3)) < 0.3
     probs = np.where(targets, 0.3, 0.1) + rng.normal(0, 0.03, targets.shape)
     probs[:, 2] = np.where(targets[:, 2], 0.9, 0.7)
-    thresholds, held_out = metric.tune_thresholds(probs.astype(np.float32), targets)
-    assert thresholds == pytest.approx([0.2, 0.2, 0.8], abs=0.05)
+    tuned, held_out = thresholds.tune_thresholds(probs.astype(np.float32), targets)
+    assert tuned == pytest.approx([0.2, 0.2, 0.8], abs=0.05)
     assert held_out.macro_f1 > 0.99 > 0.5 > counts_of(metric.decode(probs), targets).macro_f1
-    again = metric.tune_thresholds(probs.astype(np.float32), targets)
-    assert again[0] == thresholds and again[1].report("abc") == held_out.report("abc")
+    again = thresholds.tune_thresholds(probs.astype(np.float32), targets)
+    assert again[0] == tuned and again[1].report("abc") == held_out.report("abc")
 
 
 def test_tuning_counts_what_the_limits_leave():
     rng = np.random.default_rng(12)
     targets = rng.random((300, 4)) < 0.3
     probs = (0.5 * targets + 0.5 * rng.random(targets.shape)).astype(np.float32)
-    plain, free = metric.tune_thresholds(probs, targets)
-    thresholds, held_out = metric.tune_thresholds(probs, targets, min_labels=1, max_labels=1)
-    assert thresholds == plain and (free.tp + free.fp).sum() != 300
+    plain, free = thresholds.tune_thresholds(probs, targets)
+    tuned, held_out = thresholds.tune_thresholds(probs, targets, min_labels=1, max_labels=1)
+    assert tuned == plain and (free.tp + free.fp).sum() != 300
     assert (held_out.tp + held_out.fp).sum() == held_out.samples == 300
 
 
 def test_too_few_samples_to_tune():
     with pytest.raises(ValueError, match="4 samples are too few for 5 folds"):
-        metric.tune_thresholds(np.full((4, 2), 0.5), np.ones((4, 2)))
-    metric.tune_thresholds(np.full((5, 2), 0.5), np.ones((5, 2)))
+        thresholds.tune_thresholds(np.full((4, 2), 0.5), np.ones((4, 2)))
+    thresholds.tune_thresholds(np.full((5, 2), 0.5), np.ones((5, 2)))
 
 
 def test_time_is_linear():
@@ -288,8 +301,8 @@ def test_time_is_linear():
     assert seconds(4, 160_000) < 60 * seconds(4, 10_000)
     assert seconds(160_000, 20) < 60 * seconds(10_000, 20)
     probs = np.random.default_rng(1).random((6, 10_000)).astype(np.float32)
-    thresholds, _ = metric.tune_thresholds(probs, probs > 0.4)
-    assert len(thresholds) == 10_000
+    tuned, _ = thresholds.tune_thresholds(probs, probs > 0.4)
+    assert len(tuned) == 10_000
 
 
 def test_thresholds_for_both_averages():
@@ -300,9 +313,9 @@ def test_thresholds_for_both_averages():
     probs = metric.probabilities(2 * targets - 2 + noise)
     figures = {}
     for target in ("macro_f1", "both"):
-        thresholds, _ = metric.tune_thresholds(probs, targets, target=target)
+        tuned, _ = thresholds.tune_thresholds(probs, targets, target=target)
         counts = metric.MultiLabelCounts(12)
-        counts.update(metric.decode(probs, thresholds), targets)
+        counts.update(metric.decode(probs, tuned), targets)
         figures[target] = counts
     macro, both = figures["macro_f1"], figures["both"]
     assert both.micro_f1 > macro.micro_f1 + 0.01 and both.macro_f1 < macro.macro_f1
@@ -315,14 +328,14 @@ def test_a_hopeless_class_is_never_given_for_both_averages():
     targets = np.zeros((100, 2), dtype=bool)
     targets[:50, 0], targets[99, 1] = True, True
     probs = np.stack([np.where(targets[:, 0], 0.9, 0.1), np.linspace(0.4, 0.2, 100)], axis=1)
-    thresholds, _ = metric.tune_thresholds(probs, targets, target="both")
-    assert thresholds[1] == 1 and metric.decode(probs, thresholds).sum() == 50
-    assert metric.tune_thresholds(probs, targets)[0][1] < 0.4
+    tuned, _ = thresholds.tune_thresholds(probs, targets, target="both")
+    assert tuned[1] == 1 and metric.decode(probs, tuned).sum() == 50
+    assert thresholds.tune_thresholds(probs, targets)[0][1] < 0.4
 
 
 def test_one_class_is_tuned_alike_for_both_averages():
     rng = np.random.default_rng(0)
     targets = rng.random((300, 1)) < 0.2
     probs = metric.probabilities(2 * targets - 1 + rng.normal(size=targets.shape))
-    chosen = [metric.tune_thresholds(probs, targets, target=t)[0] for t in ("macro_f1", "both")]
+    chosen = [thresholds.tune_thresholds(probs, targets, target=t)[0] for t in ("macro_f1", "both")]
     assert chosen[0] == chosen[1]

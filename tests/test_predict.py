@@ -3,17 +3,21 @@
 import errno
 import json
 import os
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import paddle
 import pytest
 from conftest import REPO, SAMPLE
 
-import export_model
 import metric
+import model as models
 import predict
 import utils
 from utils import UserError
@@ -63,10 +67,10 @@ def test_static_graph_equals_dygraph(run, checkpoint):
     rows = rows_of(output)
     scores = np.array([row[2:] for row in rows], dtype=float)
     assert scores.shape == (400, 20) and all(len(p) == 8 for row in rows for p in row[2:])
-    model, info = export_model.load_checkpoint(checkpoint)
+    model, info = models.load_checkpoint(checkpoint)
     tokenizer = utils.load_tokenizer(checkpoint)
     encoded, _ = utils.encode(DEV_TEXTS, tokenizer, info.max_seq_length)
-    forward = export_model.dygraph_forward(model)
+    forward = models.dygraph_forward(model)
     probs = metric.probabilities(np.concatenate([forward(**utils.pad([ids])) for ids in encoded]))
     np.testing.assert_allclose(scores, probs, rtol=0, atol=1e-4)
     expected = [",".join(names) for names in metric.label_names(probs > 0.5, LABELS)]
@@ -230,7 +234,8 @@ FAULTS = {
     ),
     "no label names": (lambda f: edit(f / "model/config.json", id2label=None), [], "'id2label'"),
     "another number of labels": (
-        lambda f: edit(f / "model/config.json", id2label=dict(enumerate("abc"))),
+        lambda f: (f / "label.txt").unlink()
+        or edit(f / "model/config.json", id2label=dict(enumerate("abc"))),
         [],
         "parameter classifier.weight has shape (128, 20), the model needs (128, 3)",
     ),
@@ -319,8 +324,60 @@ def test_old_output_stays(folder, run_cli, monkeypatch, fault):
     before = sorted(path.iterdir())
     monkeypatch.setattr(*((metric, "decode") if fault == "Ctrl-C" else (os, "fsync")), stop)
     status, error = run_cli(predict.main, flags)
-    assert status == 2 and error.count("error: ") == 1 and "Traceback" not in error
+    assert status == (130 if fault == "Ctrl-C" else 2)
+    assert error.count("error: ") == 1 and "Traceback" not in error
     assert sorted(path.iterdir()) == before and (path / "output.txt").read_text() == "old"
+
+
+@pytest.mark.parametrize("name", ["data.txt", "label.txt", "link", "model/config.json"])
+def test_no_input_is_replaced(folder, run_cli, name):
+    path, flags = folder
+    (path / "link").symlink_to(path / "data.txt")
+    before = {p: p.read_bytes() for p in path.rglob("*") if p.is_file()}
+    status, error = run_cli(predict.main, [*flags, "--output_file", path / name])
+    assert status == 2 and "it is an input of this command; give another name" in error
+    assert before == {p: p.read_bytes() for p in path.rglob("*") if p.is_file()}
+
+
+def test_an_unreadable_input_is_not_blamed_on_the_output(folder, run_cli):
+    """Reading it fails in the middle of writing the result."""
+    path, flags = folder
+    status, error = run_cli(predict.main, [*flags, "--data_file", "/proc/self/mem"])
+    assert status == 2 and "error: /proc/self/mem: cannot be read (Input/output error)" in error
+    with pytest.raises(OSError, match="none.txt"):
+        with utils.atomic_file(path / "output.txt") as file:
+            file.write(open(path / "none.txt").read())
+    assert (path / "output.txt").read_text() == "old"
+
+
+def test_a_pipe_is_read_once(folder):
+    """More than what one read of a pipe returns; n lines give n rows."""
+    path, flags = folder
+    lines = "".join(f"{text}{i}\n" for i, text in enumerate(DEV_TEXTS * 8))
+    command = [sys.executable, REPO / "predict.py", *flags, "--data_file", "/dev/stdin"]
+    command = [str(c) for c in command]
+    subprocess.run(command, input=lines.encode(), check=True, capture_output=True)
+    rows = rows_of((path / "output.txt").read_bytes())
+    assert [row[0] for row in rows] == lines.splitlines()
+
+
+def test_ctrl_c_while_paddle_is_imported(folder):
+    path, flags = folder
+    command = [str(c) for c in [sys.executable, REPO / "predict.py", *flags]]
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    maps = Path(f"/proc/{process.pid}/maps")
+    while "libpaddle" not in maps.read_text():  # it is being loaded
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 130 and error.endswith("no file was left half-written\n")
+    assert "Traceback" not in error and (path / "output.txt").read_text() == "old"
 
 
 # ---------------------------------------------------------------------------------- several ranks
@@ -368,7 +425,86 @@ def test_errors_of_the_user_are_one_line(run_cli, error, message):
     def main(argv):
         raise error
 
-    assert run_cli(main, []) == (2, message)
+    status = 130 if isinstance(error, KeyboardInterrupt) else 2
+    assert run_cli(main, []) == (status, message)
     assert run_cli(lambda argv: None, []) == (0, "")
     with pytest.raises(ZeroDivisionError):  # our own mistakes keep their traceback
         run_cli(lambda argv: 1 / 0, [])
+
+
+def run_code(code, **kwargs):
+    """Runs Python code that uses utils.py in a process of its own."""
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, cwd=REPO, capture_output=True, text=True, **kwargs)
+
+
+def test_ctrl_c_in_a_destructor():
+    """A progress bar's, for example: Python would print a traceback and go on."""
+    code = """
+import time, utils
+class Bar:
+    def __del__(self):
+        raise KeyboardInterrupt
+def main():
+    bar = Bar()
+    del bar
+    time.sleep(60)
+    print("went on")
+utils.cli(main)
+"""
+    run = run_code(code, timeout=50)
+    assert (run.returncode, run.stdout) == (130, "")
+    assert run.stderr == "error: interrupted; no file was left half-written\n"
+
+
+def test_nobody_reads_the_output():
+    """As in `script | head -1`."""
+    code = "import utils; utils.cli(lambda: [print('x' * 1000) for _ in range(10_000)])"
+    command = (
+        f"{shlex.quote(sys.executable)} -c {shlex.quote(code)} | head -1; echo ${{PIPESTATUS[0]}}"
+    )
+    run = subprocess.run(["bash", "-c", command], cwd=REPO, capture_output=True, text=True)
+    assert run.stdout.split("\n") == ["x" * 1000, "141", ""] and run.stderr == ""
+
+
+def test_help_and_mistyped_flags_do_not_wait_for_paddle():
+    code = "import sys, {0}\ntry: {0}.parse_args({1})\nexcept SystemExit: pass\n"
+    code += "print([m for m in sys.modules if m.startswith(('paddle.', 'paddlenlp', 'scipy'))])"
+    for script in ("train", "predict", "export_model", "prune"):
+        for flags in (["--help"], ["--no_such_flag", "1"]):
+            run = run_code(code.format(script, flags))
+            assert run.stdout.splitlines()[-1] == "[]", run.stdout + run.stderr
+
+
+@pytest.mark.skipif(
+    os.geteuid() != 0 or not shutil.which("unshare"), reason="needs root for a mount of its own"
+)
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"cpu.max": "100000 100000", "memory.max": "123456"},
+        {
+            "cpu/cpu.cfs_quota_us": "100000",
+            "cpu/cpu.cfs_period_us": "100000",
+            "memory/memory.limit_in_bytes": "123456",
+        },
+    ],
+    ids=["cgroup v2", "cgroup v1"],
+)
+def test_limits_of_a_container(files):
+    """`docker run --cpus 1 --memory ...` on a larger machine."""
+    code = "import sys, utils; sys.path.append('analysis'); import evaluate\n"
+    code += "print(utils.num_cores(), evaluate.memory_bytes())"
+    cores, memory = map(int, run_code(code).stdout.split())
+    assert cores >= 1 and memory > 2**28
+    script = "mount -t tmpfs none /sys/fs/cgroup || exit 77\n"
+    for name, content in files.items():
+        script += (
+            f"mkdir -p $(dirname /sys/fs/cgroup/{name}); echo {content} > /sys/fs/cgroup/{name}\n"
+        )
+    script += f"exec {shlex.quote(sys.executable)} -c {shlex.quote(code)}"
+    command = ["unshare", "-m", "sh", "-c", script]
+    run = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
+    if run.returncode in (1, 77) and "Traceback" not in run.stderr:
+        pytest.skip(f"no mount of its own: {run.stderr}")
+    assert run.stdout.split() == ["1", "123456"], run.stderr

@@ -1,10 +1,10 @@
 """prune.py: parity of the supernet and the cut model, what a run leaves behind, bad input."""
 
+import itertools
 import re
 import shutil
 import subprocess
 import sys
-import time
 from fractions import Fraction
 
 import infer
@@ -17,6 +17,7 @@ from conftest import REPO, SAMPLE
 
 import export_model
 import metric
+import model as models
 import predict
 import prune
 import prune_trainer
@@ -53,7 +54,7 @@ def pruned(checkpoint, tmp_path_factory):
 @pytest.fixture
 def teacher(checkpoint):
     """(model, encoded dev texts and label ids)."""
-    model, info = export_model.load_checkpoint(checkpoint)
+    model, info = models.load_checkpoint(checkpoint)
     texts, label_ids = utils.read_examples(SAMPLE / "dev.txt", info.labels)
     encoded, _ = utils.encode(texts, utils.load_tokenizer(checkpoint), info.max_seq_length)
     return model, (encoded, label_ids)
@@ -108,7 +109,7 @@ def test_importance_is_the_derivative_of_a_mask(teacher):
 
 def test_reordering_changes_no_output_and_sorts(teacher):
     model, (encoded, label_ids) = teacher
-    forward = export_model.dygraph_forward(model)
+    forward = models.dygraph_forward(model)
     before = logits_of(forward, encoded)
     scores = prune_trainer.weight_importance(model, (encoded[:64], label_ids[:64]), 20, 32)
     weight = model.base_model.encoder.layers[0].linear2.weight
@@ -126,7 +127,7 @@ def test_reordering_changes_no_output_and_sorts(teacher):
 def test_supernet_is_the_cut_model_and_at_full_width_the_teacher(teacher, checkpoint, width):
     model, (encoded, _) = teacher
     width = Fraction(width)
-    expected = logits_of(export_model.dygraph_forward(model), encoded)
+    expected = logits_of(models.dygraph_forward(model), encoded)
     supernet = prune_trainer.Supernet(model, width)
     found = logits_of(supernet_forward(supernet), encoded)
     if width == 1:
@@ -139,7 +140,7 @@ def test_supernet_is_the_cut_model_and_at_full_width_the_teacher(teacher, checkp
     inner = {layer.linear1.weight.shape[1] for layer in cut.base_model.encoder.layers}
     assert (heads, inner) == ({4 * width}, {256 * width})
     np.testing.assert_allclose(
-        logits_of(export_model.dygraph_forward(cut), encoded), found, rtol=0, atol=1e-5
+        logits_of(models.dygraph_forward(cut), encoded), found, rtol=0, atol=1e-5
     )
 
 
@@ -187,18 +188,18 @@ def test_cut_weights_predict_like_the_exported_graph(pruned, tmp_path):
     flags += ["--model_path_prefix", tmp_path / "export" / "float32"]
     infer.main([str(a) for a in [*flags, "--output_file", tmp_path / "infer.txt"]])
     assert (tmp_path / "predict.txt").read_bytes() == (tmp_path / "infer.txt").read_bytes()
-    model, info = export_model.load_checkpoint(folder)
+    model, info = models.load_checkpoint(folder)
     texts, _ = utils.read_examples(SAMPLE / "dev.txt", LABELS)
     encoded, _ = utils.encode(texts, utils.load_tokenizer(folder), info.max_seq_length)
-    dynamic = logits_of(export_model.dygraph_forward(model), encoded)
-    static = logits_of(export_model.static_forward(folder / "float32"), encoded)
+    dynamic = logits_of(models.dygraph_forward(model), encoded)
+    static = logits_of(models.static_forward(folder / "float32"), encoded)
     np.testing.assert_allclose(static, dynamic, rtol=0, atol=1e-4)
 
 
 def test_one_width_does_not_shrink_the_next(pruned, checkpoint, tmp_path):
     flags = ["--num_train_epochs", "1", "--width_mult", "1/2"]
     prune.main(argv(SAMPLE, checkpoint, tmp_path, *flags))
-    alone, after = (utils.load_weights(f / "0.5/model_state.pdparams") for f in (tmp_path, pruned))
+    alone, after = (models.load_weights(f / "0.5/model_state.pdparams") for f in (tmp_path, pruned))
     assert alone.keys() == after.keys()
     assert all(np.array_equal(alone[name], after[name]) for name in alone)
 
@@ -240,24 +241,42 @@ def test_gradients_are_averaged(monkeypatch):
     """Sums over two equal ranks must come out as the mean."""
     parameter = paddle.create_parameter([2], "float32")
     (parameter * paddle.to_tensor([2.0, 4.0])).sum().backward()
-    monkeypatch.setattr(prune_trainer.dist, "get_world_size", lambda: 2)
-    monkeypatch.setattr(prune_trainer.dist, "all_reduce", lambda x: x.set_value(x + x))
-    prune_trainer.average_gradients([parameter])
-    assert parameter.grad.tolist() == [2, 4]
+    other, without = (paddle.create_parameter([2, 3], "float32") for _ in range(2))
+    (other * other).sum().backward()
+    calls = []
+    monkeypatch.setattr(models.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(models.dist, "all_reduce", lambda x: calls.append(x.set_value(x + x)))
+    expected = 2 * other.numpy()
+    models.average_gradients([parameter, without, other])
+    assert parameter.grad.tolist() == [2, 4] and without.grad is None
+    np.testing.assert_array_equal(other.grad.numpy(), expected)
+    assert len(calls) == 1  # one exchange for all
+
+
+def test_dropout_is_the_fast_one(checkpoint, small_data, tmp_path, monkeypatch):
+    """Each step takes its masks from NumPy, with a seed of its own, as in train.py."""
+    seeds, fast_dropout = [], models.fast_dropout
+    monkeypatch.setattr(
+        models, "fast_dropout", lambda seed: seeds.append(seed.entropy) or fast_dropout(seed)
+    )
+    flags = ["--max_steps", "2", "--width_mult", "1/2"]
+    prune.main(argv(small_data, checkpoint, tmp_path, *flags))
+    assert seeds == [(3, 0, 0), (3, 1, 0)]
 
 
 def test_memory_does_not_grow_with_the_saves(checkpoint, small_data, tmp_path, monkeypatch):
     """Paddle keeps every model that was ever traced, so all saves must trace the same one."""
-    traced, save_static = set(), export_model.save_static
+    traced, save_static = set(), models.save_static
 
     def watched(model, prefix):
         traced.add(model)
         save_static(model, prefix)
 
-    monkeypatch.setattr(export_model, "save_static", watched)
+    monkeypatch.setattr(models, "save_static", watched)
     saves, save = [], prune_trainer.Pruner.save
     monkeypatch.setattr(prune_trainer.Pruner, "save", lambda *args: saves.append(1) or save(*args))
-    monkeypatch.setattr(prune_trainer, "merit", lambda result: -time.monotonic())  # each is better
+    scores = itertools.count(0, -1)  # each result is better
+    monkeypatch.setattr(models, "score", lambda result: next(scores))
     flags = ["--max_steps", "3", "--save_steps", "1", "--width_mult", "1/2"]
     prune.main(argv(small_data, checkpoint, tmp_path, *flags))
     assert len(saves) == 3 and len(traced) == 1
@@ -286,7 +305,7 @@ def test_two_processes_learn_what_one_does(checkpoint, small_data, tmp_path):
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stdout + run.stderr
     path = "0.5/model_state.pdparams"
-    a, b = (utils.load_weights(tmp_path / name / path) for name in ("one", "two"))
+    a, b = (models.load_weights(tmp_path / name / path) for name in ("one", "two"))
     # One step of AdamW moves a weight by the learning rate along the gradient's sign.
     for name in a:
         if name.endswith("weight") and "embedding" not in name:
@@ -309,13 +328,12 @@ def test_two_processes_learn_what_one_does(checkpoint, small_data, tmp_path):
         (["--device", "gpu"], "--device gpu: this PaddlePaddle cannot use it"),
         (["--max_seq_length", "161"], "--max_seq_length 161: this model takes 3 to 160"),
         (["--fp16", "True"], "--fp16 has no effect on pruning; leave it out"),
-        (["--no_such_flag", "1"], "not used by the PdArgumentParser: ['--no_such_flag', '1']"),
-        (["--num_train_epochs", "0"], "--num_train_epochs 0.0 is not a number above 0"),
-        (["--num_train_epochs", "inf"], "--num_train_epochs inf is not a number above 0"),
-        (["--lr_scheduler", "constant"], "not used by the PdArgumentParser: ['--lr_scheduler',"),
-        (["--width_mult", "1/2", "--width_mult", "3/4"], "--width_mult twice; give all"),
+        (["--no_such_flag", "1"], "--no_such_flag has no effect on pruning; leave it out"),
+        (["--num_train_epochs", "0"], "--num_train_epochs 0 is not a number above 0"),
+        (["--num_train_epochs", "inf"], "--num_train_epochs: inf is not a number of at least 0.0"),
+        (["--lr_scheduler", "constant"], "--lr_scheduler has no effect on pruning; leave it out"),
         (["--output_dir", "FILE/x"], "cannot write"),
-        (["--save_steps", "0"], "--save_steps 0 is not a number of at least 1"),
+        (["--save_steps", "0"], "argument --save_steps: 0 is not a number of at least 1"),
         (["--gold_weight", "1.5"], "--gold_weight 1.5 is not between 0 and 1"),
         (["--distill_loss", "mse"], "argument --distill_loss: invalid choice: 'mse'"),
     ],
@@ -342,8 +360,9 @@ def test_targets(checkpoint, small_data, tmp_path, run_cli):
 
 
 def test_same_width_twice_is_pruned_once():
-    flags = ["--output_dir", "o", "--dataset_dir", "d", "--width_mult", "1/2", "0.5", "3/4"]
-    assert prune.parse_args(flags).width_mult == [Fraction(1, 2), Fraction(3, 4)]
+    flags = ["--output_dir", "o", "--dataset_dir", "d", "--width_mult", "1/2", "0.5"]
+    widths = prune.parse_args([*flags, "--width_mult", "'3/4'"]).width_mult
+    assert widths == [Fraction(1, 2), Fraction(3, 4)]
 
 
 def test_flags_have_the_readme_s_defaults():

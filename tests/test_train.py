@@ -1,9 +1,11 @@
 """train.py: what a run leaves behind, resuming, several processes, bad input."""
 
+import contextlib
 import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,8 +14,10 @@ import time
 import numpy as np
 import paddle
 import pytest
-from conftest import REPO, SAMPLE
+from conftest import REPO, SAMPLE, free_port
+from paddlenlp import transformers
 
+import model as models
 import predict
 import train
 import utils
@@ -32,7 +36,7 @@ def records(save_dir, event):
 
 
 def weights(save_dir):
-    return utils.load_weights(save_dir / "model_state.pdparams")
+    return models.load_weights(save_dir / "model_state.pdparams")
 
 
 def same_weights(a, b):
@@ -175,6 +179,37 @@ def test_accumulation_equals_the_large_batch(small_data, tiny_model, tmp_path):
     assert len(records(tmp_path / "a", "train")) == len(records(tmp_path / "b", "train")) == 3
 
 
+def test_gradients_are_exchanged_once_a_step(small_data, tiny_model, tmp_path, monkeypatch):
+    """Of several batches of a step only the last may know of the other ranks, in both passes: the
+    forward pass of paddle.DataParallel prepares the exchange already."""
+    modes = []
+
+    class Recorder:
+        def __init__(self, net):
+            self.net, self.silent = net, False
+
+        @contextlib.contextmanager
+        def no_sync(self):
+            self.silent = True
+            yield
+            self.silent = False
+
+        def __call__(self, **batch):
+            forward = self.silent
+            logits = self.net(**batch)
+            logits.register_hook(lambda _: modes.append((forward, self.silent)))
+            return logits
+
+    def step_of_two_ranks(trainer, *args, train_step=train.Trainer.train_step):
+        trainer.world_size, trainer.parallel = 2, Recorder(trainer.net)
+        return train_step(trainer, *args)
+
+    monkeypatch.setattr(train.Trainer, "train_step", step_of_two_ranks)
+    flags = ["--epochs", "1", "--gradient_accumulation_steps", "3"]
+    train.main(argv(small_data, tiny_model, tmp_path, *flags))
+    assert modes == [(True, True), (True, True), (False, False)]
+
+
 def test_early_stop(small_data, tiny_model, tmp_path, run_cli):
     """A learning rate of 0 never improves after the first evaluation."""
     extra = ["--learning_rate", "0", "--epochs", "9", "--early_stop", "--early_stop_nums", "2"]
@@ -283,26 +318,63 @@ def test_resume_of_a_finished_run_with_other_flags(finished, small_data, tiny_mo
     assert status == 2 and "epochs changed since the run was finished" in err
 
 
-def test_resume_does_not_depend_on_the_start_model(small_data, tiny_model, tmp_path):
-    """A run may overwrite the folder it started from; its state holds the start weights."""
-    for name in ("whole", "stopped"):
-        train.main(argv(small_data, tiny_model, tmp_path / name, "--epochs", "1"))
-    folders = tmp_path / "whole", tmp_path / "stopped"
-    train.main(argv(small_data, folders[0], folders[0], "--epochs", "2"))
-    args = argv(small_data, folders[1], folders[1], "--epochs", "2")
-    with pytest.MonkeyPatch.context() as patch:
+def test_resume_does_not_depend_on_the_start_model(small_data, tiny_model, tmp_path, monkeypatch):
+    """The folder may move, be spelled otherwise and even lose its weights after the start."""
+    flags = ["--epochs", "2"]
+    train.main(argv(small_data, tiny_model, tmp_path / "whole", *flags))
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    with monkeypatch.context() as patch:
 
-        def stop_after_the_first(path, identity, progress, *rest, save=train.save_state):
-            if progress.epoch == 1:  # the best model is already saved
+        def stop_after_the_first(trainer, save=train.Trainer.save_state):
+            if trainer.progress.epoch == 1:
                 raise KeyboardInterrupt
-            save(path, identity, progress, *rest)
+            save(trainer)
 
-        patch.setattr(train, "save_state", stop_after_the_first)
+        patch.setattr(train.Trainer, "save_state", stop_after_the_first)
         with pytest.raises(KeyboardInterrupt):
-            train.main(args)
-    train.main([*args, "--resume"])
-    identity = [records(folder, "start")[0]["flags"].pop("model_name") for folder in folders]
-    assert identity[0] != identity[1] and same_weights(*folders)
+            train.main(argv(small_data, model, tmp_path / "stopped", *flags))
+    moved = model.rename(tmp_path / "moved")
+    path = moved / utils.WEIGHTS_FILE
+    zeros = {name: 0 * array for name, array in models.load_weights(path).items()}
+    with open(path, "wb") as file:
+        models.save_weights(file, zeros)
+    monkeypatch.chdir(tmp_path)
+    train.main([*argv(small_data, "./moved", tmp_path / "stopped", *flags), "--resume"])
+    assert same_weights(tmp_path / "whole", tmp_path / "stopped")
+
+
+def test_resume_with_another_model_is_refused(small_data, tiny_model, tmp_path, run_cli):
+    """Its architecture or its vocabulary differs; the state alone would not show it."""
+    args = argv(small_data, tiny_model, tmp_path / "c", "--save_steps", "1", "--epochs", "3")
+    process = start(args, tmp_path)
+    wait_for(tmp_path / "c" / train.STATE_FILE, process)
+    process.kill()
+    process.wait()
+    for name in ("vocab.txt", "config.json"):
+        other = shutil.copytree(tiny_model, tmp_path / name.replace(".", "_"))
+        if name == "vocab.txt":
+            tokens = (other / name).read_text(encoding="utf-8").split("\n")
+            tokens[10], tokens[11] = tokens[11], tokens[10]
+            (other / name).write_text("\n".join(tokens), encoding="utf-8")
+        else:
+            config = {**utils.read_json(other / name), "hidden_act": "relu"}
+            (other / name).write_text(json.dumps(config), encoding="utf-8")
+        status, err = run_cli(train.main, [*argv(small_data, other, tmp_path / "c"), "--resume"])
+        what = "train_file, dev_file" if name == "vocab.txt" else "model_name"
+        assert status == 2 and f"{what} changed since the run was stopped" in err, err
+
+
+def test_resume_with_a_damaged_log(finished, small_data, tiny_model, tmp_path, run_cli):
+    folder = shutil.copytree(finished, tmp_path / "c")
+    log = folder / train.LOG_FILE
+    lines = log.read_bytes().split(b"\n")
+    args = argv(small_data, tiny_model, folder, "--warmup", "--warmup_steps", "2", "--resume")
+    for damaged in (b'{"event": "start", "st', b"\xff", b"[]", b'{"flags": 3}'):
+        log.write_bytes(b"\n".join([damaged, *lines[1:]]))
+        status, err = run_cli(train.main, args)
+        last = err.splitlines()[-1]
+        assert status == 2 and f"{log}:1: damaged line; train in another --save_dir" in last
+        assert "Traceback" not in err
 
 
 def test_diverged_run_is_an_error(small_data, tiny_model, tmp_path, run_cli):
@@ -318,7 +390,7 @@ def test_ctrl_c(small_data, tiny_model, tmp_path):
     wait_for(tmp_path / "c" / train.STATE_FILE, process)
     process.send_signal(signal.SIGINT)
     out, _ = process.communicate(timeout=60)
-    assert process.returncode == 2, out
+    assert process.returncode == 130, out
     assert "Traceback" not in out and "error: interrupted" in out.splitlines()[-1]
     assert not list((tmp_path / "c").glob(".*"))
 
@@ -368,21 +440,17 @@ def test_two_machines_lost_worker_and_resume(small_data, tiny_model, tmp_path):
             processes.append(start([*args, *extra], folder, launch))
         return processes
 
-    port = 20000 + os.getpid() % 20000
-    for process in (whole := nodes("whole", port)):
+    for process in (whole := nodes("whole", free_port())):
         out, _ = process.communicate(timeout=180)
         assert process.returncode == 0, out
     assert len(whole) == 2
-    first, second = nodes("lost", port + 1)
+    first, second = nodes("lost", free_port())
     wait_for(tmp_path / "lost" / "0" / "checkpoint" / train.STATE_FILE, first)
     os.kill(children(second.pid)[0], signal.SIGKILL)
     outputs = [process.communicate(timeout=120)[0] for process in (first, second)]
     assert first.returncode != 0 and second.returncode != 0
-    assert (
-        "a worker was lost or the launch was stopped; run the same command with --resume"
-        in (outputs[0])
-    )
-    for process in nodes("lost", port + 2, "--resume"):
+    assert "Traceback" not in outputs[1], outputs[1]
+    for process in nodes("lost", free_port(), "--resume"):
         out, _ = process.communicate(timeout=180)
         assert process.returncode == 0, out
     saved = [tmp_path / name / "0" / "checkpoint" for name in ("whole", "lost")]
@@ -417,8 +485,7 @@ def test_name_without_network(small_data, tmp_path, run_cli, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError("Can't load the model")
 
-    auto = train.transformers.AutoModelForSequenceClassification
-    monkeypatch.setattr(auto, "from_pretrained", fail)
+    monkeypatch.setattr(transformers.AutoModelForSequenceClassification, "from_pretrained", fail)
     args = argv(small_data, "ernie-3.0-nano-zh", tmp_path / "c")
     status, err = run_cli(train.main, args)
     assert status == 2
@@ -435,19 +502,49 @@ def test_init_from_ckpt_of_another_shape(checkpoint, small_data, tmp_path, run_c
     assert status == 2 and "has shape" in err and "the model needs" in err
 
 
-def test_bad_lines_are_listed_and_nothing_is_overwritten(finished, small_data, tmp_path, run_cli):
+def test_bad_lines_are_listed_and_nothing_is_overwritten(
+    finished, small_data, tiny_model, tmp_path, run_cli
+):
     before = (finished / "model_state.pdparams").read_bytes()
     data = tmp_path / "data"
     data.mkdir()
     for path in small_data.iterdir():
         (data / path.name).write_bytes(path.read_bytes())
     (data / "train.txt").write_text("一\t婚后有子女\n二\n三\t没有\n", encoding="utf-8")
-    status, err = run_cli(train.main, argv(data, finished, finished))
-    assert "holds a finished run, which this one will replace" in err
+    status, err = run_cli(train.main, argv(data, tiny_model, finished))
     lines = err[err.index("error:") :].strip().splitlines()
     assert status == 2 and len(lines) == 2
     assert "train.txt:2: no tab" in lines[0] and "train.txt:3: unknown label '没有'" in lines[1]
     assert (finished / "model_state.pdparams").read_bytes() == before
+
+
+def test_a_finished_run_is_replaced_with_a_warning(small_data, tiny_model, tmp_path, run_cli):
+    args = argv(small_data, tiny_model, tmp_path / "c", "--epochs", "1")
+    train.main(args)
+    status, err = run_cli(train.main, args)
+    assert status == 0 and "holds a finished run, which this one will replace" in err
+
+
+@pytest.mark.parametrize("spelling", ["model", "./model/", "link"])
+def test_pretrained_weights_are_never_replaced(
+    tiny_model, small_data, tmp_path, run_cli, monkeypatch, spelling
+):
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    (tmp_path / "link").symlink_to(model)
+    monkeypatch.chdir(tmp_path)
+    before = {path.name: path.read_bytes() for path in model.iterdir()}
+    status, err = run_cli(train.main, argv(small_data, model, spelling))
+    assert status == 2 and f"--save_dir {spelling} is the --model_name folder" in err
+    assert before == {path.name: path.read_bytes() for path in model.iterdir()}
+
+
+def test_training_set_from_a_pipe(finished, small_data, tiny_model, tmp_path):
+    """No input is read twice."""
+    args = argv(small_data, tiny_model, tmp_path / "c", "--warmup", "--warmup_steps", "2")
+    command = [sys.executable, str(REPO / "train.py"), *args, "--train_file", "/dev/stdin"]
+    text = (small_data / "train.txt").read_bytes()
+    subprocess.run(command, input=text, check=True, capture_output=True)
+    assert same_weights(finished, tmp_path / "c")
 
 
 def test_full_disk_keeps_the_old_model(finished, small_data, tiny_model, run_cli):

@@ -9,6 +9,7 @@ import sys
 import tracemalloc
 import unicodedata
 import unittest
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -116,7 +117,7 @@ def test_labels(put, content):
     "content, message",
     [
         ("离婚\n\n财产\n", ":2: blank"),
-        ("离婚\n财产\n 离婚\n", ":3: label '离婚' stands already in line 1"),
+        ("离婚\n财产\n 离婚\n", ":3: label '离婚' is a duplicate of line 1"),
         ("离婚,财产\n", ":1: label '离婚,财产' has a comma"),
         ("离婚\t财产\n", ":1: label '离婚\t财产' has a comma or tab"),
         ("", ": no labels"),
@@ -168,9 +169,9 @@ def test_truncation(tmp_path):
 
 def test_cut_texts_are_reported(capsys):
     for long_text, what in (("truncate", "their tails are cut"), ("window", "split into windows")):
-        utils.warn_truncated(0, 8, 128, long_text)
+        utils.warn_cut(0, 8, 128, long_text)
         assert not capsys.readouterr().err
-        utils.warn_truncated(2, 8, 128, long_text)
+        utils.warn_cut(2, 8, 128, long_text)
         shown = capsys.readouterr().err
         assert "2 of 8 texts (25.0%) are longer than max_seq_length 128" in shown and what in shown
 
@@ -493,9 +494,10 @@ def test_ranks_share_the_batches(world):
 def test_small_helpers():
     assert list(utils.chunks(iter(range(5)), 2)) == [[0, 1], [2, 3], [4]]
     for labels in (1, 20, 2000, 10_000, 10**6, 10**9):  # few texts with many labels
-        size = utils.chunk_size(labels)
+        info = SimpleNamespace(labels=range(labels))
+        size = utils.Labeller(None, None, info).chunk_size
         assert 1 <= size <= 8192 and (size == 1 or size * labels <= 1 << 22)
-    assert utils.chunk_size(500) == 8192 and utils.chunk_size(10_000) > 400
+        assert size == 8192 if labels <= 500 else size > 400 or labels > 10_000
     assert utils.multi_hot([[0, 2], []], 3).tolist() == [[1, 0, 1], [0, 0, 0]]
     assert utils.at_least(3)("3") == 3 and utils.at_least(0.0)("1e-3") == 1e-3
     for minimum, value in ((3, "2"), (0.0, "-1"), (0.0, "nan")):

@@ -80,30 +80,23 @@ def new_predictor(args):
 
 def perf(predictor, texts, label_ids):
     """F1 and speed from one pass; returns them as a dict (milliseconds and texts per second)."""
-    seconds, tokenise_seconds, total_cut = [], 0.0, 0
-    num_labels = len(predictor.info.labels)
-    counts, size = metric.MultiLabelCounts(num_labels), utils.chunk_size(num_labels)
-
-    def timed_forward(**batch):
-        start = time.perf_counter()
-        logits = predictor.forward(**batch)
-        seconds.append(time.perf_counter() - start)
-        return logits
-
-    for rows in (slice(start, start + size) for start in range(0, len(texts), size)):
-        start = time.perf_counter()
-        encoded, cut = predictor.encode(texts[rows])
-        tokenise_seconds, total_cut = (
-            tokenise_seconds + time.perf_counter() - start,
-            total_cut + cut,
-        )
-        warm_up = utils.run_batches(predictor.forward, encoded, predictor.batch_size)
-        for _ in itertools.islice(warm_up, 0 if seconds else WARM_UP):
-            pass
-        logits = utils.logits_of(timed_forward, encoded, predictor.batch_size, num_labels)
-        decisions = metric.decode(metric.probabilities(logits), **predictor.info.rule)
-        counts.update(decisions, utils.multi_hot(label_ids[rows], num_labels))
-    utils.warn_truncated(total_cut, len(texts), predictor.max_seq_length, predictor.long_text)
+    encode, tokenise_seconds = timed(predictor.encode)
+    forward, seconds = timed(predictor.forward)
+    # The longest texts first, as in the pass that is measured.
+    warm_up = utils.run_batches(
+        predictor.forward, encode(texts[: predictor.chunk_size]), predictor.batch_size
+    )
+    for _ in itertools.islice(warm_up, WARM_UP):
+        pass
+    tokenise_seconds.clear()
+    predictor.total = predictor.cut = 0
+    predictor.encode, predictor.forward = encode, forward
+    counts, start = metric.MultiLabelCounts(len(predictor.info.labels)), 0
+    for chunk, decisions, _ in predictor.stream(texts):
+        gold = label_ids[start : start + len(chunk)]
+        counts.update(decisions, utils.multi_hot(gold, len(predictor.info.labels)))
+        start += len(chunk)
+    predictor.warn_cut()
     total = sum(seconds)
     p50, p99 = 1000 * np.percentile(seconds, [50, 99])
     return {
@@ -115,8 +108,21 @@ def perf(predictor, texts, label_ids):
         "texts_per_second": len(texts) / total,
         "p50_ms": float(p50),
         "p99_ms": float(p99),
-        "tokenise_ms": 1000 * tokenise_seconds / len(texts),
+        "tokenise_ms": 1000 * sum(tokenise_seconds) / len(texts),
     }
+
+
+def timed(function):
+    """Returns (the same function, list of the seconds that its calls take)."""
+    seconds = []
+
+    def measured(*args, **kwargs):
+        start = time.perf_counter()
+        result = function(*args, **kwargs)
+        seconds.append(time.perf_counter() - start)
+        return result
+
+    return measured, seconds
 
 
 def print_perf(result, batch_size):
@@ -128,28 +134,19 @@ def print_perf(result, batch_size):
     print(line.format(**result, batch_size=batch_size))
 
 
-def predict(predictor, texts):
-    """Yields (texts, label names, probabilities) of one chunk after the other."""
-    total = total_cut = 0
-    for chunk in utils.chunks(texts, utils.chunk_size(len(predictor.info.labels))):
-        encoded, cut = predictor.encode(chunk)
-        total, total_cut = total + len(chunk), total_cut + cut
-        yield chunk, *predictor.decode(predictor.logits(encoded))
-    utils.warn_truncated(total_cut, total, predictor.max_seq_length, predictor.long_text)
-
-
 def write_labels(predictor, texts, output_file, output_scores):
     jsonl, labels = output_file.suffix == ".jsonl", predictor.info.labels
     with utils.atomic_file(output_file) as file:
         utils.write_header(file, labels, jsonl, output_scores)
-        for chunk, names, probs in predict(predictor, texts):
-            utils.write_rows(file, chunk, names, labels, jsonl, probs if output_scores else None)
+        for chunk, decisions, probs in predictor.stream(texts):
+            scores = probs if output_scores else None
+            utils.write_rows(file, chunk, predictor.names(decisions), labels, jsonl, scores)
 
 
 def print_labels(predictor, texts):
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not know every character
-    for chunk, names, _ in predict(predictor, texts):
-        for text, names in zip(chunk, names):
+    for chunk, decisions, _ in predictor.stream(texts):
+        for text, names in zip(chunk, predictor.names(decisions)):
             print(f"input data: {text}")
             print(f"labels: {','.join(names)}")
             print("----------------------------", flush=True)
@@ -158,22 +155,26 @@ def print_labels(predictor, texts):
 def main(argv=None):
     args = parse_args(argv)
     check_device(args.device)
-    data = Path(args.dataset_dir)
-    info = utils.read_model_info(bundle_folder(args.model_path_prefix))
-    utils.check_labels(data, args.label_file, info.labels)
+    data, folder = Path(args.dataset_dir), bundle_folder(args.model_path_prefix)
+    labels = utils.read_model_info(folder).labels
+    utils.check_labels(data, args.label_file, labels)
     if args.perf:
-        examples = utils.read_examples(data / f"{args.perf_dataset}.txt", info.labels)
+        examples = utils.read_examples(data / f"{args.perf_dataset}.txt", labels)
         print_perf(perf(new_predictor(args), *examples), args.batch_size)
         return
-    texts = utils.read_texts(data / args.data_file)
-    texts = itertools.chain([next(texts)], texts)  # a wrong path shows before the model is loaded
-    output_file = utils.check_writable(args.output_file) if args.output_file else None
+    if args.output_file:
+        inputs = [data / args.data_file, data / (args.label_file or "label.txt")]
+        inputs += utils.model_files(folder) + list(folder.glob("*.onnx"))
+        inputs += [Path(f"{args.model_path_prefix}{s}") for s in (".pdmodel", ".pdiparams")]
+        utils.check_outputs([args.output_file], inputs)
+    texts = utils.peeked(utils.read_texts(data / args.data_file))
     predictor = new_predictor(args)
-    if output_file is None:
+    if args.output_file:
+        write_labels(predictor, texts, Path(args.output_file), args.output_scores)
+        logger.info("Prediction results save in %s.", args.output_file)
+    else:
         print_labels(predictor, texts)
-        return
-    write_labels(predictor, texts, output_file, args.output_scores)
-    logger.info("Prediction results save in %s.", args.output_file)
+    predictor.warn_cut()
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ import onnxruntime as ort
 from filelock import FileLock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
-import metric  # noqa: E402
 import utils  # noqa: E402
 from utils import UserError, logger  # noqa: E402
 
@@ -247,14 +246,14 @@ def onnx_forward(session):
     return forward
 
 
-class Predictor:
+class Predictor(utils.Labeller):
     """Texts to labels with the ONNX model of a bundle.
 
     model_path_prefix: the static graph's path without its suffix, e.g. export/float32.
-    precision: fp32, int8 (CPU) or fp16 (GPU). max_seq_length and tokenizer_path (a folder with
-    vocab.txt) come from the bundle unless given; so do min_labels and max_labels (of a text; see
-    metric.decode). long_text: "window" labels longer texts in overlapping windows, "truncate" cuts
-    them. Raises UserError for a broken bundle.
+    precision: fp32, int8 (CPU) or fp16 (GPU). tokenizer_path: a folder with vocab.txt.
+    max_seq_length, min_labels and max_labels (of a text; see metric.decode) come from the bundle
+    unless given. long_text: see utils.Labeller, whose methods label the texts. Raises UserError for
+    a broken bundle.
     """
 
     def __init__(
@@ -273,34 +272,13 @@ class Predictor:
     ):
         folder = bundle_folder(model_path_prefix)
         check_device(device)
-        self.info = utils.read_model_info(folder).with_limits(min_labels, max_labels)
-        self.max_seq_length = max_seq_length or self.info.max_seq_length
-        utils.check_length(self.max_seq_length, self.info.max_position)
-        self.tokenizer = utils.load_tokenizer(tokenizer_path or folder, folder)
-        self.batch_size, self.long_text = batch_size, long_text
+        info = utils.read_model_info(folder)
+        info = info.with_settings(max_seq_length, min_labels, max_labels)
+        tokenizer = utils.load_tokenizer(tokenizer_path or folder, folder)
         logger.info(">>> [InferBackend] Creating Engine ...")
         logger.info(">>> [InferBackend] Use %s to inference ...", device.upper())
         if precision != "fp32":
             logger.info(">>> [InferBackend] Use %s to inference ...", precision.upper())
         session = open_session(model_path_prefix, precision, device, device_id, num_threads)
-        self.forward = onnx_forward(session)
+        super().__init__(onnx_forward(session), tokenizer, info, batch_size, long_text)
         logger.info(">>> [InferBackend] Engine Created ...")
-
-    def encode(self, texts):
-        """Token ids; returns (list of arrays or utils.Windows, number of longer texts)."""
-        return utils.encode(texts, self.tokenizer, self.max_seq_length, self.long_text)
-
-    def logits(self, encoded):
-        """Logits of encoded texts, float32 [texts, classes]."""
-        return utils.logits_of(self.forward, encoded, self.batch_size, len(self.info.labels))
-
-    def decode(self, logits):
-        """Logits [texts, classes] to (label names per text, probabilities [texts, classes])."""
-        probs = metric.probabilities(logits)
-        decisions = metric.decode(probs, **self.info.rule)
-        return metric.label_names(decisions, self.info.labels), probs
-
-    def predict(self, texts):
-        """(label names per text, probabilities [texts, classes]), in the order of the texts."""
-        encoded, _ = self.encode(texts)
-        return self.decode(self.logits(encoded))

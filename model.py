@@ -1,0 +1,499 @@
+"""The Paddle side of a model: device, build, load, run, train on, save.
+
+The only shared file that imports Paddle. Scripts import it after they have read their arguments,
+because that takes seconds.
+"""
+
+import contextlib
+import json
+import os
+import pickle
+import sys
+import tempfile
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import paddle
+import paddle.distributed as dist
+import paddle.inference
+import paddle.nn.functional as F
+from paddlenlp import transformers
+from paddlenlp.utils.log import logger as paddlenlp_logger
+
+import metric
+import utils
+from utils import CONFIG_FILE, WEIGHTS_FILE, UserError, logger, read_json
+
+MODEL_CLASSES = {"ernie": "Ernie", "bert": "Bert"}  # model_type: prefix of PaddleNLP's classes
+# What Hugging Face's config.json may say of a model that PaddleNLP computes in the same way.
+ACTIVATIONS = {name: name for name in ("gelu", "relu", "silu")} | {"gelu_python": "gelu"}
+# Settings that change the type or number of a model's results.
+PLAIN = dict.fromkeys(
+    ("return_dict", "use_cache", "output_hidden_states", "output_attentions"), False
+)
+PREFIX = "float32"  # name of the static graph's files in a bundle
+MAX_DIFFERENCE = 1e-4  # of a logit, between the trained model and what is exported
+CHECK_SEQUENCES, CHECK_BATCH = 64, 16
+LOSS_SCALE = 2.0**20  # see scaled_backward
+paddlenlp_logger.set_level("WARNING")  # its notes on every file drown the log lines that matter
+
+
+# ------------------------------------------------------------------------- device and processes
+def local_size():
+    """Ranks of this launch on this machine; 1 without a launcher."""
+    if "PADDLE_LOCAL_SIZE" in os.environ:
+        return int(os.environ["PADDLE_LOCAL_SIZE"])
+    # The launcher for one machine does not set it.
+    return max(1, len(os.environ.get("PADDLE_TRAINER_ENDPOINTS", "").split(",")))
+
+
+def num_threads():
+    """Threads of a process: OMP_NUM_THREADS, else its cores, shared among the ranks of a launch.
+
+    The value 1 does not count: Paddle sets it at import where the variable is missing.
+    """
+    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    if wanted.isdigit() and int(wanted) > 1:
+        return int(wanted)
+    return max(1, utils.num_cores() // local_size())
+
+
+def set_device(device):
+    """Selects the device; on the CPU also lets the matrix library work at full speed.
+
+    MKL takes its slow SSE kernels on AMD processors unless told otherwise (read at the first matrix
+    product), and Paddle limits dygraph to one thread; what both settings gain is measured by
+    benchmarks/cpu_math.py. Raises UserError if this Paddle can't use the device.
+    """
+    if device == "cpu":
+        cpuinfo = Path("/proc/cpuinfo")
+        features = cpuinfo.read_text() if cpuinfo.exists() else ""
+        if "AuthenticAMD" in features and "avx2" in features:
+            os.environ.setdefault("MKL_DEBUG_CPU_TYPE", "5")  # its AVX2 kernels
+        paddle.base.core.set_num_threads(num_threads())
+    try:
+        paddle.set_device(device)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(
+            f"--device {device}: this PaddlePaddle cannot use it; use --device cpu or install the "
+            f"matching build (requirements-gpu.txt for gpu)"
+        ) from error
+
+
+def all_reduce(array):
+    """Element-wise sum of a NumPy array over all ranks."""
+    if dist.get_world_size() == 1:
+        return array
+    tensor = paddle.to_tensor(array)
+    dist.all_reduce(tensor)
+    return tensor.numpy()
+
+
+def on_rank_0(function, *args):
+    """Rank 0's result for all ranks; its UserError is raised by all, so that none waits for it."""
+    result = error = None
+    if dist.get_rank() == 0:
+        try:
+            result = function(*args)
+        except UserError as found:
+            error = str(found)
+    if dist.get_world_size() > 1:
+        shared = [(result, error)]
+        dist.broadcast_object_list(shared, src=0)
+        result, error = shared[0]
+    if error:
+        raise UserError(error)
+    return result
+
+
+# -------------------------------------------------------------------------------------- forward
+def dygraph_forward(model):
+    """Forward of a dygraph model; see utils.run_batches."""
+
+    def forward(input_ids, token_type_ids):
+        with paddle.no_grad():
+            logits = model(paddle.to_tensor(input_ids), paddle.to_tensor(token_type_ids))
+        return logits.astype("float32").numpy()
+
+    return forward
+
+
+def static_forward(prefix):
+    """Forward of the static graph `<prefix>.pdmodel` on the CPU; see utils.run_batches.
+
+    Paddle's predictor puts the process back to one thread; call set_device before dygraph work.
+    """
+    config = paddle.inference.Config(f"{prefix}.pdmodel", f"{prefix}.pdiparams")
+    config.disable_gpu()
+    config.disable_glog_info()
+    config.enable_mkldnn()
+    config.set_mkldnn_cache_capacity(16)  # bounds the memory: one entry per batch shape
+    config.set_cpu_math_library_num_threads(num_threads())
+    predictor = paddle.inference.create_predictor(config)
+    inputs = [predictor.get_input_handle(name) for name in ("input_ids", "token_type_ids")]
+    output = predictor.get_output_handle(predictor.get_output_names()[0])
+
+    def forward(input_ids, token_type_ids):
+        for handle, array in zip(inputs, (input_ids, token_type_ids)):
+            handle.reshape(array.shape)
+            handle.copy_from_cpu(array)
+        predictor.run()
+        return output.copy_to_cpu()
+
+    return forward
+
+
+def fast_forward(model, device):
+    """The faster forward of a model: the static graph on the CPU, else dygraph."""
+    if device != "cpu":
+        return dygraph_forward(model)
+    with tempfile.TemporaryDirectory() as folder:
+        save_static(model, Path(folder) / "model")
+        return static_forward(Path(folder) / "model")
+
+
+def load_labeller(params_path, device, info=None, **settings):
+    """utils.Labeller of a checkpoint. info: its ModelInfo with other settings; None: its own."""
+    set_device(device)
+    model, own = load_checkpoint(params_path)
+    tokenizer = utils.load_tokenizer(params_path)
+    return utils.Labeller(fast_forward(model, device), tokenizer, info or own, **settings)
+
+
+# ---------------------------------------------------------------------------------- build, load
+def build_model(folder, num_labels):
+    """An untrained classifier of the architecture that `folder`/config.json describes."""
+    path = Path(folder) / CONFIG_FILE
+    description = read_json(path)
+    model_type = description.get("model_type")
+    check_support(path, "model_type", model_type, MODEL_CLASSES)
+    activation = description.get("hidden_act", "gelu")
+    check_support(path, "hidden_act", activation, ACTIVATIONS)
+    positions = description.get("position_embedding_type", "absolute")
+    check_support(path, "position_embedding_type", positions, ["absolute"])
+    check_support(path, "pad_token_id", description.get("pad_token_id", 0), [0])  # see utils.pad
+    for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
+        rate = description.get(name, 0.1)
+        if not (isinstance(rate, int | float) and 0 <= rate < 1):
+            raise UserError(f"{path}: {name} {rate!r} is not a rate of at least 0 and below 1")
+    prefix = MODEL_CLASSES[model_type]
+    config_class = getattr(transformers, f"{prefix}Config")
+    model_class = getattr(transformers, f"{prefix}ForSequenceClassification")
+    try:
+        # An absolute path keeps PaddleNLP from taking a folder for a name to download.
+        config = config_class.from_pretrained(os.path.abspath(folder), num_labels=num_labels)
+        vars(config).update(PLAIN, hidden_act=ACTIVATIONS[activation], dtype="float32")
+        if not 0 <= config.layer_norm_eps <= 1e-3:  # Paddle's limits
+            raise ValueError(f"layer_norm_eps {config.layer_norm_eps} is not between 0 and 1e-3")
+        model = model_class(config)
+        for layer in model.sublayers():
+            if isinstance(layer, paddle.nn.LayerNorm):  # PaddleNLP's ERNIE always takes 1e-12
+                layer._epsilon = config.layer_norm_eps
+        if width_mult := description.get("width_mult"):  # written by prune.py
+            cut_model(model, Fraction(width_mult))
+        return model
+    except (
+        ArithmeticError,
+        AssertionError,
+        AttributeError,
+        MemoryError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
+        raise UserError(f"{path}: no valid model description ({error})") from error
+
+
+def check_support(path, name, value, supported):
+    if value not in [*supported]:
+        known = ", ".join(map(str, supported))
+        raise UserError(f"{path}: {name} {value!r} is not supported; use one of {known}")
+
+
+def cut_model(model, width_mult):
+    """Makes a model of full width narrower in place; the new layers hold no trained weights.
+
+    Attention keeps `width_mult` of its heads, the feed-forward layer of its neurons (rounded down).
+    """
+    for layer in model.base_model.encoder.layers:
+        attention = layer.self_attn
+        attention.num_heads = int(attention.num_heads * width_mult)
+        hidden, heads = attention.embed_dim, attention.num_heads * attention.head_dim
+        inner = int(layer.linear1.weight.shape[1] * width_mult)
+        for name in ("q_proj", "k_proj", "v_proj"):
+            setattr(attention, name, paddle.nn.Linear(hidden, heads))
+        attention.out_proj = paddle.nn.Linear(heads, hidden)
+        layer.linear1 = paddle.nn.Linear(hidden, inner)
+        layer.linear2 = paddle.nn.Linear(inner, hidden)
+
+
+def set_weights(model, weights, where):
+    """Sets all parameters; raises UserError that names a missing, superfluous or misshapen one."""
+    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    found = {name: tuple(value.shape) for name, value in weights.items()}
+    for name in [*expected, *found]:
+        if expected.get(name) != found.get(name):
+            raise UserError(
+                f"{where}: parameter {name} has shape {found.get(name)}, the model needs "
+                f"{expected.get(name)}; is it a checkpoint of another model or label set?"
+            )
+    model.set_state_dict({name: value.astype("float32") for name, value in weights.items()})
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Builds NumPy arrays and containers only; a pickle that names anything else is refused."""
+
+    allowed = {
+        ("numpy", "dtype"),
+        ("numpy", "ndarray"),
+        ("numpy.core.multiarray", "_reconstruct"),
+        ("numpy._core.multiarray", "_reconstruct"),
+        ("collections", "OrderedDict"),
+        ("builtins", "tuple"),
+        ("_codecs", "encode"),
+    }
+
+    def find_class(self, module, name):
+        if (module, name) not in self.allowed:
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which no weights file needs")
+        return super().find_class(module, name)
+
+
+def load_weights(path):
+    """{parameter name: array} of a `.pdparams` file, read without running code that it may carry.
+
+    Raises UserError if the file is truncated or names any class but NumPy's.
+    """
+    with utils.open_binary(path) as file:
+        try:
+            loaded = _ArrayUnpickler(file, encoding="latin1").load()
+            # paddle.save stores a tensor as (name, array), and a table of names beside them.
+            weights = {k: v[1] if isinstance(v, tuple) else v for k, v in loaded.items()}
+        except Exception as error:  # a broken pickle raises almost anything
+            raise UserError(f"{path}: broken weights file ({error})") from error
+    return {k: v for k, v in weights.items() if isinstance(v, np.ndarray)}
+
+
+def save_weights(file, weights):
+    """Writes {parameter name: array} in the format of paddle.save to an open binary file."""
+    pickle.dump(dict(weights), file, protocol=4)
+
+
+def load_checkpoint(params_path):
+    """Returns (model in eval mode, utils.ModelInfo). Raises UserError for a broken folder."""
+    info = utils.read_model_info(params_path)
+    model = build_model(params_path, len(info.labels))
+    weights_file = Path(params_path) / WEIGHTS_FILE
+    set_weights(model, load_weights(weights_file), weights_file)
+    model.eval()
+    return model, info
+
+
+def load_folder(folder, labels):
+    """A classifier with the weights of a local folder, in PaddleNLP's or Hugging Face's format."""
+    model = build_model(folder, len(labels))
+    path, encoder = folder / WEIGHTS_FILE, model.base_model_prefix + "."
+    new = {name: value.numpy() for name, value in model.state_dict().items()}
+    if path.exists():
+        weights = load_weights(path)
+        if not any(key.startswith(encoder) for key in weights):  # saved from the bare encoder
+            weights = {encoder + key: value for key, value in weights.items()}
+    else:
+        path = folder
+        sys.path.append(str(Path(__file__).resolve().parent / "data"))
+        import hugging_face  # only such folders need it
+
+        weights = hugging_face.read_weights(folder, new, encoder)
+    names = read_json(folder / CONFIG_FILE).get("id2label") or {}
+    same_labels = [names[i] for i in sorted(names, key=int)] == labels
+    used = {name: value for name, value in new.items() if not name.startswith(encoder)}
+    kept = [k for k in weights if k in new and (k.startswith(encoder) or same_labels)]
+    used.update({k: weights[k] for k in kept})
+    set_weights(model, used, path)
+    return model
+
+
+# ------------------------------------------------------------------------------------- training
+def make_optimizer(model, learning_rate, weight_decay, max_grad_norm):
+    """AdamW without decay on biases and norms. learning_rate: a float or a Paddle schedule;
+    max_grad_norm: gradients are clipped to it, 0: they are not."""
+    named = model.named_parameters()
+    decayed = {p.name for name, p in named if "bias" not in name and "norm" not in name}
+    return paddle.optimizer.AdamW(
+        learning_rate=learning_rate,
+        parameters=model.parameters(),
+        weight_decay=weight_decay,
+        apply_decay_param_fun=decayed.__contains__,
+        grad_clip=paddle.nn.ClipGradByGlobalNorm(max_grad_norm) if max_grad_norm else None,
+    )
+
+
+def scaled_backward(loss):
+    """The backward pass; on the CPU all gradients come out LOSS_SCALE times as large.
+
+    Masked keys have attention weights of 1e-30; times small gradients these are subnormal numbers,
+    with which Intel processors multiply up to 50 times more slowly. A power of two changes nothing
+    else: `unscale` takes it out exactly.
+    """
+    (loss * LOSS_SCALE if _on_cpu() else loss).backward()
+
+
+@paddle.no_grad()
+def unscale(parameters):
+    """Takes LOSS_SCALE out of the gradients, in place."""
+    if _on_cpu():
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad.scale_(1 / LOSS_SCALE)
+
+
+def _on_cpu():
+    return paddle.get_device() == "cpu"
+
+
+@paddle.no_grad()
+def average_gradients(parameters):
+    """Mean over all ranks, in place; one exchange for all parameters."""
+    if dist.get_world_size() == 1:
+        return
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    joined = paddle.concat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(joined)
+    joined.scale_(1 / dist.get_world_size())
+    parts = joined.split([gradient.size for gradient in gradients])
+    for gradient, part in zip(gradients, parts):
+        gradient.set_value(part.reshape(gradient.shape))
+
+
+@contextlib.contextmanager
+def fast_dropout(seed):
+    """Inside the block dropout on the CPU takes its masks from NumPy; elsewhere nothing changes.
+
+    Paddle draws a float per element with a Mersenne twister, which takes a fifth of a step; here
+    16 random bits decide, so a rate is rounded to a multiple of 1 / 65536. seed: a SeedSequence.
+    """
+    if not _on_cpu():
+        yield
+        return
+    original, rng = F.dropout, np.random.Generator(np.random.SFC64(seed))
+
+    def dropout(x, p=0.5, axis=None, training=True, mode="upscale_in_train", name=None):
+        if not training or p == 0:
+            return x
+        if axis is not None or mode != "upscale_in_train":
+            return original(x, p, axis, training, mode, name)
+        dropped = round(p * 65536)
+        bits = np.frombuffer(rng.bytes(2 * x.size), dtype=np.uint16)
+        scale = np.float32(65536 / max(1, 65536 - dropped))
+        mask = (bits >= dropped).astype(np.float32).reshape(x.shape) * scale
+        return x * paddle.to_tensor(mask)
+
+    F.dropout = dropout  # layers look it up at every call
+    try:
+        yield
+    finally:
+        F.dropout = original
+
+
+def evaluate(model, encoded, label_ids, num_labels, batch_size):
+    """Dev figures; the ranks share the batches, and the result does not depend on their number.
+
+    Returns {"loss", "micro_f1", "macro_f1"}; loss is the mean over all texts and labels. Leaves the
+    model in eval mode.
+    """
+    model.eval()
+    counts = metric.MultiLabelCounts(num_labels)
+    losses = np.zeros(-(-len(encoded) // batch_size), dtype=np.float64)
+    share = dist.get_rank(), dist.get_world_size()
+    for batch, indices, logits in utils.run_batches(
+        dygraph_forward(model), encoded, batch_size, *share
+    ):
+        targets = utils.multi_hot([label_ids[i] for i in indices], num_labels)
+        counts.update(metric.decode(metric.probabilities(logits)), targets)
+        losses[batch] = metric.bce_sum(logits, targets)
+    counts = metric.MultiLabelCounts.from_array(all_reduce(counts.to_array()))
+    loss = float(all_reduce(losses).sum()) / (len(encoded) * num_labels)
+    return {"loss": loss, "micro_f1": counts.micro_f1, "macro_f1": counts.macro_f1}
+
+
+def score(result, name="macro_f1"):
+    """How good an evaluation is: the higher F1; while that is 0, the lower dev loss."""
+    f1 = 0.0 if name == "loss" else result[name]
+    return f1, 0.0 if f1 else -result["loss"]
+
+
+# ----------------------------------------------------------------------------------------- save
+def write_weights(path, model):
+    with open(path, "wb") as file:
+        save_weights(file, {name: value.numpy() for name, value in model.state_dict().items()})
+
+
+def save_checkpoint(save_dir, model, tokenizer_dir):
+    """The checkpoint: weights, tokenizer and config.json with labels and sequence length."""
+    with utils.atomic_folder(save_dir) as folder:
+        write_weights(folder / WEIGHTS_FILE, model)
+        model.config.save_pretrained(str(folder))
+        utils.copy_tokenizer(tokenizer_dir, folder)
+
+
+def save_static(model, prefix):
+    """Traces the model in eval mode: int64 input_ids, token_type_ids [batch, length] to logits."""
+    model.eval()
+    inputs = [
+        paddle.static.InputSpec([None, None], "int64", name)
+        for name in ("input_ids", "token_type_ids")
+    ]
+    static_model = paddle.jit.to_static(model, input_spec=inputs, full_graph=True)
+    paddle.jit.save(static_model, str(prefix))
+    # Paddle names the output after its last operation; every server would have to know it.
+    path = Path(f"{prefix}.pdmodel")
+    program = paddle.base.core.ProgramDesc(path.read_bytes())
+    block = program.block(0)
+    operations = [block.op(i) for i in range(block.op_size())]
+    (output,) = (name for op in operations if op.type() == "fetch" for name in op.input("X"))
+    block._rename_var(output.encode(), b"logits")
+    path.write_bytes(program.serialize_to_string())
+
+
+def write_bundle(folder, model, config, tokenizer_dir):
+    """Writes the static graph and what inference needs beside it: tokenizer, labels, length.
+
+    config: what config.json shall hold. Returns check(name, forward), which compares a forward's
+    logits with the model's on random token ids of all lengths; the graph has passed it. Raises
+    UserError if they differ by more than MAX_DIFFERENCE.
+    """
+    rng, longest = np.random.default_rng(0), config["max_seq_length"]
+    lengths = np.linspace(2, longest, CHECK_SEQUENCES).astype(int)
+    sequences = [rng.integers(1, config["vocab_size"], length) for length in lengths]  # 0: [PAD]
+    num_labels = len(config["id2label"])
+
+    def logits_of(forward):
+        return utils.logits_of(forward, sequences, CHECK_BATCH, num_labels)
+
+    expected = logits_of(dygraph_forward(model))  # static_forward takes the threads away
+
+    def check(name, forward):
+        difference = float(np.abs(logits_of(forward) - expected).max())
+        where = f"on {CHECK_SEQUENCES} random sequences"
+        if not difference <= MAX_DIFFERENCE:  # also when it is nan
+            limit = f"more than {MAX_DIFFERENCE:g}; nothing was written"
+            raise UserError(f"the logits of the {name} differ by {difference:.2e} {where}, {limit}")
+        logger.info("Largest difference of a logit, %s and model: %.2e %s", name, difference, where)
+
+    save_static(model, folder / PREFIX)
+    utils.copy_tokenizer(tokenizer_dir, folder)
+    files = (folder / f"{PREFIX}{suffix}" for suffix in (".pdmodel", ".pdiparams"))
+    # Binds config.json and the ONNX files to these weights.
+    config = {**config, "model_sha256": utils.sha256(*files)}
+    text = json.dumps(config, ensure_ascii=False, indent=2) + "\n"
+    (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
+    check("static graph", static_forward(folder / PREFIX))
+    return check
+
+
+def remove_old_onnx(folder, new_files):
+    """Removes the ONNX files of the weights that were in the folder before."""
+    for name in utils.ONNX_FILES.values():
+        if name not in new_files:
+            (folder / name).unlink(missing_ok=True)
