@@ -13,7 +13,7 @@ from pathlib import Path
 import utils
 from utils import UserError, logger
 
-model = utils.lazy_import("model")
+model = utils.LazyModule("model")
 
 
 def parse_args(argv=None):

@@ -16,7 +16,7 @@ from tqdm import tqdm
 import utils
 from utils import UserError, logger
 
-model, paddle = utils.lazy_import("model"), utils.lazy_import("paddle")
+model, paddle = utils.LazyModule("model"), utils.LazyModule("paddle")
 
 
 def parse_args(argv=None):
@@ -36,7 +36,8 @@ def main(argv=None):
     args = parse_args(argv)
     # What can be wrong shows before the model is loaded, which takes seconds.
     info = utils.read_model_info(args.params_path)
-    info = info.with_settings(args.max_seq_length, args.min_labels, args.max_labels)
+    limits = {"min_labels": args.min_labels, "max_labels": args.max_labels}
+    info = info.with_settings(args.max_seq_length, **limits)
     utils.check_labels(args.dataset_dir, args.label_file, info.labels)
     data_path, output = Path(args.dataset_dir) / args.data_file, Path(args.output_file)
     label_path = Path(args.dataset_dir) / (args.label_file or "label.txt")

@@ -14,7 +14,7 @@ from pathlib import Path
 import utils
 from utils import UserError, at_least, logger
 
-model, paddle = utils.lazy_import("model"), utils.lazy_import("paddle")
+model, paddle = utils.LazyModule("model"), utils.LazyModule("paddle")
 
 
 def parse_args(argv=None):

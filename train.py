@@ -25,7 +25,7 @@ import metric
 import utils
 from utils import UserError, at_least, logger
 
-model, paddle = utils.lazy_import("model"), utils.lazy_import("paddle")
+model, paddle = utils.LazyModule("model"), utils.LazyModule("paddle")
 
 MODEL_NAMES = [
     *(f"ernie-3.0-{size}-zh" for size in ("xbase", "base", "medium", "micro", "mini", "nano")),

@@ -13,7 +13,7 @@ import argparse
 import contextlib
 import filecmp
 import hashlib
-import importlib.util
+import importlib
 import itertools
 import json
 import logging
@@ -21,6 +21,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import zlib  # noqa: F401  see below
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -70,48 +71,63 @@ if not logger.handlers:
     logger.propagate = False
 
 
-def lazy_import(name):
-    """The module, imported at its first use.
+class LazyModule:
+    """The module of this name, imported when an attribute of it is used for the first time.
 
     Paddle takes seconds to import, and `--help` or a mistyped flag should not have to wait for it.
     """
-    if name not in sys.modules:
-        spec = importlib.util.find_spec(name)
-        spec.loader = importlib.util.LazyLoader(spec.loader)
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
+
+    def __init__(self, name):
+        self._name = name
+
+    def __getattr__(self, attribute):
+        try:
+            module = importlib.import_module(self._name)
+        except ModuleNotFoundError as error:
+            raise UserError(f"{error}; install what requirements.txt lists") from error
+        return getattr(module, attribute)
 
 
 # ----------------------------------------------------------------------------- command line
 def cli(main):
     """Runs a script's `main()`. Its exit status is 2 after an error of the user, which becomes one
     message, and as in a shell 130 after Ctrl-C, 143 after SIGTERM, 141 if nobody reads stdout."""
+    interrupted, status = False, 2
+
+    def interrupt(*_):
+        nonlocal interrupted
+        interrupted = True
+        raise KeyboardInterrupt
+
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # which a background job inherits
+        signal.signal(signal.SIGINT, interrupt)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that temporary files are removed
     sys.unraisablehook = _unraisable
-    status = 2
     try:
         main()
         return sys.stdout.flush()
-    except UserError as error:
-        message = str(error)
-    except KeyboardInterrupt:
-        message, status = "interrupted; no file was left half-written", 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes stdout again when it exits
-        sys.exit(141)
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        message = f"{where}{error.strerror or error}"
+    except (Exception, KeyboardInterrupt) as error:
+        if interrupted or isinstance(error, KeyboardInterrupt):  # libraries wrap it now and then
+            message, status = "interrupted; no file was left half-written", 130
+        elif isinstance(error, BrokenPipeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes stdout when it exits
+            sys.exit(141)
+        elif isinstance(error, UserError):
+            message = str(error)
+        elif isinstance(error, OSError):
+            where = f"{error.filename}: " if error.filename else ""
+            message = f"{where}{error.strerror or error}"
+        else:
+            raise
     print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(status)
 
 
 def _unraisable(event):
     """Python prints a Ctrl-C that hits a destructor (a progress bar's) and goes on; here it is
-    sent again to the code that runs then."""
+    sent again, to the code that runs a moment later."""
     if isinstance(event.exc_value, KeyboardInterrupt):
-        _thread.interrupt_main()
+        threading.Timer(0.01, _thread.interrupt_main).start()
     else:
         sys.__unraisablehook__(event)
 
@@ -589,14 +605,11 @@ class ModelInfo:
         """How this model decides, as arguments of metric.decode."""
         return {"thresholds": self.thresholds, **self.limits}
 
-    def with_settings(self, max_seq_length=None, min_labels=None, max_labels=None):
-        """The same with those settings that are given, not None. Raises UserError."""
-        given = {
-            "max_seq_length": max_seq_length,
-            "min_labels": min_labels,
-            "max_labels": max_labels,
-        }
-        info = replace(self, **{name: value for name, value in given.items() if value is not None})
+    def with_settings(self, max_seq_length=None, **limits):
+        """The same with max_seq_length, min_labels, max_labels if they are not None. Raises
+        UserError."""
+        settings = {"max_seq_length": max_seq_length, **limits}
+        info = replace(self, **{k: value for k, value in settings.items() if value is not None})
         check_length(info.max_seq_length, info.max_position)
         return info
 

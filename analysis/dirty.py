@@ -9,21 +9,23 @@ linear classifier on character n-grams in seconds, `finetune` runs train.py for 
 is the original's: TrustAI's RepresenterPointModel on a checkpoint; it does not look at the labels.
 """
 
-import zlib  # noqa: F401  libpaddle exports zlib symbols of its own; loaded after it, zlib crashes
 import shlex
+import subprocess
 import sys
 import tempfile
+from collections import deque
 from pathlib import Path
 
 import numpy as np
-from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.linear_model import LogisticRegression
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 import metric  # noqa: E402
 import utils  # noqa: E402
 from utils import UserError, at_least, logger  # noqa: E402
+
+model, compat = utils.LazyModule("model"), utils.LazyModule("trustai_compat")
 
 STRATEGIES = ("tfidf", "finetune", "trustai")
 SHRINKAGE = 3  # samples' worth of the mean of all labels
@@ -44,84 +46,68 @@ def parse_args(argv=None):
     add("--seed", type=at_least(0), default=3, help="seed of the folds")
     add = parser.add_argument_group("tfidf and finetune").add_argument
     add("--folds", type=at_least(2), default=5, help="folds of the cross-validation")
-    more = "flags for train.py, such as '--model_name ernie-3.0-nano-zh --early_stop'"
-    add("--train_args", default="", help=more)
-    keep = "keep finetune's models there; the same command then continues a stopped run"
-    add("--folds_dir", help=keep)
+    add("--train_args", type=shlex.split, default="", help="flags for train.py, in quotation marks")
+    add("--folds_dir", help="keep finetune's models; the same command continues a stopped run")
     add = parser.add_argument_group("trustai").add_argument
-    least = "a class counts if its representer weight is above"
-    add("--dirty_threshold", type=float, default=0.0, help=least)
+    add("--dirty_threshold", type=float, default=0.0, help="a class counts if its weight is above")
     utils.add_inference_flags(parser, "../checkpoint/")
     parser.set_defaults(batch_size=16)
-    args = parser.parse_args(argv)
-    try:
-        args.train_args = shlex.split(args.train_args)
-    except ValueError as error:  # an open quotation mark
-        raise UserError(f"--train_args: {error}") from error
-    return args
+    return parser.parse_args(argv)
 
 
-def folds_of(texts, folds, seed):
-    """The fold of each text; equal texts share one, or a model would have seen what it judges."""
-    _, unique = np.unique(np.array(texts, dtype=object), return_inverse=True)
-    rng = np.random.default_rng(seed)
-    return (rng.permutation(unique.max() + 1) % folds)[unique]
+def main(argv=None):
+    args = parse_args(argv)
+    data = Path(args.dataset_dir)
+    dirty_path, rest_path = data / args.dirty_file, data / args.rest_file
+    scores_path = dirty_path.with_suffix(".scores.tsv")
+    inputs = [data / name for name in (args.train_file, args.dev_file, args.label_file)]
+    inputs += utils.model_files(args.params_path)
+    utils.check_outputs([dirty_path, rest_path, scores_path], inputs)
+    labels = utils.read_labels(data / args.label_file)
+    texts, label_ids = utils.read_examples(data / args.train_file, labels)
+    if args.dirty_num >= len(texts):
+        raise UserError(
+            f"--dirty_num {args.dirty_num}: {args.train_file} has only {len(texts)} samples"
+        )
+    if args.strategy == "trustai":
+        scores, probs = representer_points(args, texts, labels), None
+    else:
+        if len(set(texts)) < args.folds:
+            raise UserError(f"{args.train_file}: fewer different texts than --folds {args.folds}")
+        fold_of = folds_of(texts, args.folds, args.seed)
+        targets = utils.multi_hot(label_ids, len(labels))
+        if args.strategy == "tfidf":
+            probs = tfidf_probabilities(args, texts, targets, fold_of)
+        else:
+            probs = finetune_probabilities(args, texts, label_ids, fold_of, labels)
+        scores = {"score": suspicion(probs, targets)}
+
+    columns = {name: [f"{value:.6g}" for value in values] for name, values in scores.items()}
+    columns["label"] = [",".join(labels[i] for i in ids) for ids in label_ids]
+    if probs is not None:
+        suggested = metric.label_names(metric.decode(probs), labels)
+        columns["suggested_label"] = [",".join(names) for names in suggested]
+    columns["text"] = texts
+    # The first score decides, the next ones break ties.
+    ranking = np.lexsort([-score for score in reversed(scores.values())])
+    rows = [columns, *([column[i] for column in columns.values()] for i in ranking)]
+    lines = data_lines(texts, label_ids, labels)
+    dirty, rest = np.sort(ranking[: args.dirty_num]), np.sort(ranking[args.dirty_num :])
+    contents = {
+        args.dirty_file: "".join(lines[i] for i in dirty),
+        args.rest_file: "".join(lines[i] for i in rest),
+        Path(args.dirty_file).with_suffix(".scores.tsv"): "".join(
+            "\t".join(row) + "\n" for row in rows
+        ),
+    }
+    utils.write_files(data, contents)
+    message = "%d dirty samples saved in %s, the rest in %s"
+    logger.info(message, len(dirty), dirty_path, rest_path)
+    logger.info("Scores of all samples saved in %s, the most suspicious first", scores_path)
 
 
-def tfidf_probabilities(args, texts, targets, fold_of):
-    """Out-of-sample probabilities [texts, classes]: TF-IDF of 1-3-grams, logistic regression."""
-    vectorizer = TfidfVectorizer(analyzer="char", ngram_range=(1, 3), min_df=2, sublinear_tf=True)
-    try:
-        features = vectorizer.fit_transform(texts)
-    except ValueError as error:  # no n-gram occurs twice
-        raise UserError(f"{args.train_file}: too few or too short texts ({error})") from error
-    probs = np.zeros(targets.shape, dtype=np.float32)
-    for fold in tqdm(range(args.folds), "folds", leave=False, disable=None):
-        inside = fold_of == fold
-        for c, given in enumerate(targets.T.astype(bool)):
-            if given[~inside].all() or not given[~inside].any():
-                probs[inside, c] = given[~inside].mean()  # nothing to learn from
-                continue
-            model = LogisticRegression(C=10, solver="liblinear", random_state=args.seed)
-            model.fit(features[~inside], given[~inside])
-            probs[inside, c] = model.predict_proba(features[inside])[:, 1]
-    return probs
-
-
-def finetune_probabilities(args, texts, targets, fold_of, labels):
-    """Out-of-sample probabilities [texts, classes] of the models that train.py makes per fold."""
-    import train
-    from predict import load_forward
-
-    data, probs = Path(args.dataset_dir).resolve(), np.zeros(targets.shape, dtype=np.float32)
-    names = metric.label_names(targets, labels)
-    flags = ["--dataset_dir", data, "--dev_file", args.dev_file, "--label_file", args.label_file]
-    flags += ["--device", args.device, "--seed", args.seed]
-    if args.max_seq_length:
-        flags += ["--max_seq_length", args.max_seq_length]
-    flags += args.train_args
-    with tempfile.TemporaryDirectory() as temporary:
-        for fold in range(args.folds):
-            logger.info("Fold %d of %d", fold + 1, args.folds)
-            folder = Path(args.folds_dir or temporary).resolve() / str(fold)
-            folder.mkdir(parents=True, exist_ok=True)
-            inside = fold_of == fold
-            with utils.atomic_file(folder / "train.txt") as file:
-                rows = zip(
-                    *((t, n) for t, n, held_out in zip(texts, names, inside) if not held_out)
-                )
-                utils.write_rows(file, *rows, labels, jsonl=False)
-            own = ["--train_file", folder / "train.txt", "--save_dir", folder, "--resume"]
-            try:
-                train.main([str(flag) for flag in [*flags, *own]])
-            except UserError as error:
-                raise UserError(f"train.py on fold {fold + 1} in {folder}: {error}") from error
-            forward, info = load_forward(folder, args.device)
-            held_out = [text for text, held_out in zip(texts, inside) if held_out]
-            encoded, _ = utils.encode(held_out, utils.load_tokenizer(folder), info.max_seq_length)
-            logits = utils.logits_of(forward, encoded, args.batch_size, len(labels), "held out")
-            probs[inside] = metric.probabilities(logits)
-    return probs
+def data_lines(texts, label_ids, labels):
+    return [f"{t}\t{','.join(labels[i] for i in ids)}\n" for t, ids in zip(texts, label_ids)]
 
 
 def suspicion(probs, targets):
@@ -144,69 +130,93 @@ def suspicion(probs, targets):
     return loss.sum(axis=1)
 
 
-def out_of_sample(args, texts, targets, labels):
-    """Scores {"score": [texts]} and out-of-sample probabilities [texts, classes]."""
-    if len(set(texts)) < args.folds:
-        raise UserError(f"{args.train_file}: fewer different texts than --folds {args.folds}")
-    fold_of = folds_of(texts, args.folds, args.seed)
-    if args.strategy == "tfidf":
-        logger.info("Strategy tfidf takes no model: --params_path and the like have no effect")
-        probs = tfidf_probabilities(args, texts, targets, fold_of)
-    else:
-        probs = finetune_probabilities(args, texts, targets, fold_of, labels)
-    return {"score": suspicion(probs, targets)}, probs
+def folds_of(texts, folds, seed):
+    """The fold of each text; equal texts share one, or a model would have seen what it judges."""
+    _, unique = np.unique(np.array(texts, dtype=object), return_inverse=True)
+    rng = np.random.default_rng(seed)
+    return (rng.permutation(unique.max() + 1) % folds)[unique]
+
+
+def tfidf_probabilities(args, texts, targets, fold_of):
+    """Out-of-sample probabilities [texts, classes]: TF-IDF of 1-3-grams, logistic regression."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+
+    logger.info("Strategy tfidf takes no model: --params_path and the like have no effect")
+    vectorizer = TfidfVectorizer(analyzer="char", ngram_range=(1, 3), min_df=2, sublinear_tf=True)
+    try:
+        features = vectorizer.fit_transform(texts)
+    except ValueError as error:  # no n-gram occurs twice
+        raise UserError(f"{args.train_file}: too few or too short texts ({error})") from error
+    probs = np.zeros(targets.shape, dtype=np.float32)
+    for fold in tqdm(range(args.folds), "folds", leave=False, disable=None):
+        inside = fold_of == fold
+        for c, given in enumerate(targets.T.astype(bool)):
+            if given[~inside].all() or not given[~inside].any():
+                probs[inside, c] = given[~inside].mean()  # nothing to learn from
+                continue
+            classifier = LogisticRegression(C=10, solver="liblinear", random_state=args.seed)
+            classifier.fit(features[~inside], given[~inside])
+            probs[inside, c] = classifier.predict_proba(features[inside])[:, 1]
+    return probs
+
+
+def finetune_probabilities(args, texts, label_ids, fold_of, labels):
+    """Out-of-sample probabilities [texts, classes] of the models that train.py makes per fold."""
+    data, probs = Path(args.dataset_dir), np.zeros((len(texts), len(labels)), dtype=np.float32)
+    inputs = [data / name for name in (args.train_file, args.dev_file, args.label_file)]
+    lines = data_lines(texts, label_ids, labels)
+    contents = {
+        "dev.txt": "".join(data_lines(*utils.read_examples(data / args.dev_file, labels), labels)),
+        "label.txt": "".join(f"{label}\n" for label in labels),
+    }
+    with tempfile.TemporaryDirectory() as temporary:
+        root = Path(args.folds_dir or temporary).resolve()
+        folders = [root / str(fold) for fold in range(args.folds)]
+        for folder in filter(Path.is_dir, folders):
+            utils.check_outputs([folder / "train.txt", *map(folder.joinpath, contents)], inputs)
+        for fold, folder in enumerate(folders):
+            logger.info("Fold %d of %d", fold + 1, args.folds)
+            inside = np.flatnonzero(fold_of == fold)
+            contents["train.txt"] = "".join(lines[i] for i in np.flatnonzero(fold_of != fold))
+            utils.write_files(folder, contents)
+            run_train(args, fold, folder)
+            settings = {"batch_size": args.batch_size, "desc": "held out"}
+            labeller = model.load_labeller(folder, args.device, **settings)
+            _, probs[inside] = labeller.decide([texts[i] for i in inside])
+    return probs
+
+
+def run_train(args, fold, folder):
+    """Runs train.py on the data in the folder. Raises UserError with its last words if it fails."""
+    flags = ["--device", args.device, "--seed", args.seed]
+    if args.max_seq_length:
+        flags += ["--max_seq_length", args.max_seq_length]
+    flags += [*args.train_args, "--dataset_dir", folder, "--save_dir", folder, "--resume"]
+    command, last_lines = [sys.executable, ROOT / "train.py", *map(str, flags)], deque(maxlen=10)
+    pipe = {"stderr": subprocess.PIPE, "text": True, "errors": "replace"}
+    with subprocess.Popen(command, **pipe) as process:
+        try:
+            for line in process.stderr:
+                sys.stderr.write(line)
+                last_lines.append(line)
+        except BaseException:  # Ctrl-C or SIGTERM
+            process.terminate()
+            raise
+    if status := process.returncode:
+        reason = " ".join("".join(last_lines).rpartition("error: ")[2].split())
+        raise UserError(f"train.py on fold {fold + 1} in {folder}, exit status {status}: {reason}")
 
 
 def representer_points(args, texts, labels):
     """Scores {"classes": [texts], "weight": [texts]}: classes of positive weight, their sum."""
-    from trustai_compat import Encoder
-
-    encoder = Encoder(args.params_path, args.device, args.max_seq_length, args.batch_size)
+    encoder = compat.Encoder(args.params_path, args.device, args.max_seq_length, args.batch_size)
     utils.check_labels(args.dataset_dir, args.label_file, encoder.info.labels)
     features = encoder.features(texts, "train")
     logger.info("Training the representer point model; on thousands of texts it takes minutes")
     weights = encoder.representer_points(features)
     positive = weights > args.dirty_threshold
     return {"classes": positive.sum(axis=1), "weight": np.where(positive, weights, 0).sum(axis=1)}
-
-
-def main(argv=None):
-    args = parse_args(argv)
-    data = Path(args.dataset_dir)
-    labels = utils.read_labels(data / args.label_file)
-    texts, label_ids = utils.read_examples(data / args.train_file, labels)
-    dirty_path, rest_path = data / args.dirty_file, data / args.rest_file
-    scores_path = dirty_path.with_suffix(".scores.tsv")
-    inputs = (data / name for name in (args.train_file, args.dev_file, args.label_file))
-    utils.check_outputs([dirty_path, rest_path, scores_path], inputs)
-    if args.dirty_num >= len(texts):
-        raise UserError(
-            f"--dirty_num {args.dirty_num}: {args.train_file} has only {len(texts)} samples"
-        )
-    if args.strategy == "trustai":
-        scores, probs = representer_points(args, texts, labels), None
-    else:
-        scores, probs = out_of_sample(args, texts, utils.multi_hot(label_ids, len(labels)), labels)
-    # The first score decides, the next ones break ties.
-    ranking = np.lexsort([-score for score in reversed(scores.values())])
-    dirty = np.zeros(len(texts), dtype=bool)
-    dirty[ranking[: args.dirty_num]] = True
-    names = [[labels[i] for i in ids] for ids in label_ids]
-
-    suggested = None if probs is None else metric.label_names(metric.decode(probs), labels)
-    rows = [[*scores, "label", *(["suggested_label"] if suggested else []), "text"]]
-    for i in ranking:
-        row = [f"{score[i]:.6g}" for score in scores.values()] + [",".join(names[i])]
-        rows.append([*row, *([",".join(suggested[i])] if suggested else []), texts[i]])
-    contents = {Path(args.dirty_file).with_suffix(".scores.tsv"): rows}
-    for name, chosen in ((args.dirty_file, dirty), (args.rest_file, ~dirty)):
-        contents[name] = [(texts[i], ",".join(names[i])) for i in np.flatnonzero(chosen)]
-    contents = {k: "".join("\t".join(row) + "\n" for row in v) for k, v in contents.items()}
-    utils.write_files(data, contents)
-    logger.info(
-        "%d dirty samples saved in %s, the rest in %s", args.dirty_num, dirty_path, rest_path
-    )
-    logger.info("Scores of all samples saved in %s, the most suspicious first", scores_path)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import metric  # noqa: E402
 import utils  # noqa: E402
 from utils import UserError, logger  # noqa: E402
 
-model = utils.lazy_import("model")
+model = utils.LazyModule("model")
 
 FOLDS = 5  # of the cross-validation of thresholds
 CELL_BYTES = 6  # per text and label of what is kept: a probability, a target, a fold's copy
@@ -61,7 +61,8 @@ def main(argv=None):
     args = parse_args(argv)
     data = Path(args.dataset_dir)
     info = utils.read_model_info(args.params_path)
-    info = info.with_settings(args.max_seq_length, args.min_labels, args.max_labels)
+    limits = {"min_labels": args.min_labels, "max_labels": args.max_labels}
+    info = info.with_settings(args.max_seq_length, **limits)
     utils.check_labels(data, args.label_file, info.labels)
     files = {"train": args.train_file, "dev": args.dev_file}
     if args.skip_train:

@@ -1,18 +1,19 @@
 """The HTML page of `evaluate.py --report_path`: one file that needs no network and no library.
 
-`render` takes plain data and returns the page, whose frame (style, script) is report_frame.html.
-What comes from files is escaped. Every list but the tables of labels is bounded.
+`render` takes plain data and returns the page: report_frame.html, a Jinja2 template that escapes
+what comes from files. Every list but the tables of labels is bounded.
 """
 
 import base64
 import hashlib
 import re
-from html import escape
 from pathlib import Path
 
+import jinja2
 import numpy as np
 from scipy import sparse
 from sklearn.metrics import average_precision_score, precision_recall_curve
+from thresholds import best_threshold
 
 import metric
 
@@ -24,16 +25,7 @@ CASES = 100  # texts that are labelled wrongly
 CASE_LABELS = 20  # labels that are listed for one of them
 CASE_TEXT = 2000  # characters of a text
 BLOCK = 256  # labels whose pairs are counted at a time
-KEYS = ("precision", "recall", "f1")
 SETS = {"dev": "dev", "train": "train", "out_of_sample": "dev, tuned thresholds, out of sample"}
-SECTIONS = {
-    "labels": "Labels",
-    "curves": "Precision and recall, F1 and threshold",
-    "thresholds": "Choice of thresholds",
-    "confused": "Missed, and another given",
-    "pairs": "Labels that occur together",
-    "cases": "Worst cases",
-}
 
 
 # ---------------------------------------------------------------------------------------- figures
@@ -64,17 +56,10 @@ def top_pairs(left, right, upper=False):
 
 
 def both_one_none(gold, given, a, b):
-    """Of the texts with the gold labels a and b: how many are given both, one and none of them.
-
-    gold, given: 0/1 CSC [texts, classes].
-    """
-
-    def texts(matrix, label):
-        return matrix.indices[matrix.indptr[label] : matrix.indptr[label + 1]]
-
-    together = np.intersect1d(texts(gold, a), texts(gold, b))
-    right = sum(np.isin(together, texts(given, label)).astype(int) for label in (a, b))
-    return [int(np.sum(right == number)) for number in (2, 1, 0)]
+    """Of the texts with the gold labels a and b: how many are given both, one and none of them."""
+    together = gold[:, [a]].multiply(gold[:, [b]]).nonzero()[0]
+    right = given[together][:, [a, b]].sum(axis=1)
+    return np.bincount(np.ravel(right), minlength=3)[::-1].tolist()
 
 
 def f1_at(probs, targets, thresholds):
@@ -88,7 +73,7 @@ def f1_at(probs, targets, thresholds):
 
 
 def worst_cases(gold, given, probs, thresholds):
-    """(the CASES worst texts as [(text, [(class, given, probability)])], number of wrong texts).
+    """(the CASES worst texts as [(text, [(class, given, probability)])], count of wrong texts).
 
     gold, given: CSR [texts, classes]. A label's margin is how far its probability is on the wrong
     side of its threshold; a text goes by its largest, and its labels are listed in that order.
@@ -109,63 +94,14 @@ def worst_cases(gold, given, probs, thresholds):
     return cases, len(texts)
 
 
-# ------------------------------------------------------------------------------------------- HTML
-def number(value, form):
-    return "–" if np.isnan(value) else format(value, form)
-
-
-def table(key, heads, rows):
-    """A table that sorts by click; heads: titles, a number's with its format ("F1:.2f")."""
-    titles, forms = zip(*((title, form) for title, _, form in (h.partition(":") for h in heads)))
-    head = body = ""
-    for title, form in zip(titles, forms):
-        name = re.sub(r"\W+", "_", title.lower())
-        name = name if key == "labels" else f"{key}_{name}"  # unique in the page
-        button = f'<button type="button" data-sort="{name}">{escape(title)}</button>'
-        head += f'<th scope="col"{" class=n" if form else ""}>{button}</th>'
-    for row in rows:
-        cells = (
-            f"<td class=n>{number(value, form)}" if form else f"<td>{escape(value)}"
-            for value, form in zip(row, forms)
-        )
-        body += f"<tr>{'</td>'.join(cells)}</td></tr>\n"
-    return (
-        f'<div class="scroll" role="region" tabindex="0" aria-label="{key}"><table><thead><tr>'
-        f"{head}</tr></thead>\n<tbody>{body}</tbody></table></div>\n"
-    )
-
-
+# ------------------------------------------------------------------------------------------ curves
 def at(x, y):
     """Coordinates in a plot of a point of the unit square."""
     return f"{34 + 180 * x:.1f} {8 + 130 * (1 - y):.1f}"
 
 
-def plot(title, x_title, y_title, curve, marks):
-    """A small SVG of the unit square; marks: {CSS class: (x, y)}, one round, the other square."""
-    ticks = "".join(
-        f'<path class="axis" d="M{at(0, v)}L{at(1, v)}M{at(v, 0)}L{at(v, 1)}"/>'
-        f'<text x="{34 + 180 * v}" y="151" text-anchor="middle">{v:g}</text>'
-        f'<text x="29" y="{142 - 130 * v}" text-anchor="end">{v:g}</text>'
-        for v in (0, 0.5, 1)
-    )
-    points = []
-    for name, (x, y) in marks.items():
-        cx, cy = at(x, y).split()
-        if name == "now":
-            points.append(f'<circle class="now" cx="{cx}" cy="{cy}" r="4"/>')
-        else:
-            x, y = float(cx) - 3.5, float(cy) - 3.5
-            points.append(f'<rect class="best" x="{x:.1f}" y="{y:.1f}" width="7" height="7"/>')
-    return (
-        f'<svg viewBox="0 0 222 166" role="img" aria-label="{escape(title)}">{ticks}'
-        f'<text x="124" y="163" text-anchor="middle">{x_title}</text>'
-        f'<text transform="translate(9 73) rotate(-90)" text-anchor="middle">{y_title}</text>'
-        f'<path class="curve" d="{curve}"/>{"".join(points)}</svg>'
-    )
-
-
-def curves(row, fact, probs, targets, threshold):
-    """The figure of one label; row: its figures, fact: of label_facts; probs, targets: [texts]."""
+def curves(fact, probs, targets):
+    """The figures of one label with the SVG paths of its curves; probs, targets: [texts]."""
     precision, recall, _ = precision_recall_curve(targets, probs, drop_intermediate=True)
     shown = np.unique(np.linspace(0, len(recall) - 1, POINTS).astype(int))
     line = f"M{at(recall[0], precision[0])}"
@@ -173,134 +109,34 @@ def curves(row, fact, probs, targets, threshold):
         line += f"L{at(recall[i], precision[before])}L{at(recall[i], precision[i])}"
     grid = np.linspace(0, 1, POINTS)
     f1_line = "M" + "L".join(at(x, y) for x, y in zip(grid, f1_at(probs, targets, grid)))
-    label, best = row["label"], (fact["best"], fact["best_f1"])
-    now = {"now": (row["recall"], row["precision"])}
-    marks = {"best": best, "now": (threshold, row["f1"])}
-    return (
-        f"<figure><figcaption><b>{escape(label)}</b>: average precision {100 * fact['ap']:.2f}, "
-        f"support {row['support']}<br>"
-        f'<span class="now">●</span> threshold {threshold:.3f}: F1 {100 * row["f1"]:.2f} &nbsp; '
-        f'<span class="best">■</span> best here {best[0]:.3f}: F1 {100 * best[1]:.2f}</figcaption>'
-        + plot(f"{label}: precision and recall", "recall", "precision", line, now)
-        + plot(f"{label}: F1 by threshold", "threshold", "F1", f1_line, marks)
-        + "</figure>\n"
-    )
+    return {**fact, "pr_line": line, "f1_line": f1_line}
 
 
-def label_facts(probs, targets):
-    """Average precision (nan without positives), best threshold and its F1 of one label."""
-    ap = float(average_precision_score(targets, probs)) if targets.any() else np.nan
-    best, best_f1 = metric.best_threshold(probs, targets)
-    return {"ap": ap, "best": best, "best_f1": best_f1}
+# -------------------------------------------------------------------------------------------- page
+def figure(value, form):
+    """A number of a table as text; form: "%" for percent, else a format. nan: a dash."""
+    if np.isnan(value):
+        return "–"
+    return f"{100 * value:.2f}" if form == "%" else format(value, form)
 
 
-def tags(ids, labels, wrong):
-    shown = (
-        f'<span class="tag{" wrong" if i in wrong else ""}">{escape(labels[i])}</span>'
-        for i in ids[:CASE_LABELS]
-    )
-    more = f" and {len(ids) - CASE_LABELS} more" if len(ids) > CASE_LABELS else ""
-    return ("".join(shown) or "none") + more
+def sort_key(title, table):
+    """What the address says of a column by which a table is sorted; unique in the page."""
+    name = re.sub(r"\W+", "_", title.lower())
+    return name if table == "labels" else f"{table}_{name}"
 
 
-def case(text, gold, given, wrong, labels, thresholds):
-    """One wrongly labelled text; gold, given: class ids; wrong: of worst_cases."""
-    lines = (
-        f"{'wrongly given' if is_given else 'missed'}: <b>{escape(labels[i])}</b>, "
-        f"probability {probability:.3f}, threshold {thresholds[i]:.3f}"
-        for i, is_given, probability in wrong[:CASE_LABELS]
-    )
-    ids = {i for i, *_ in wrong}
-    if len(text) > CASE_TEXT:
-        text = f"{text[:CASE_TEXT]} … ({len(text)} characters)"
-    return (
-        f"<article><blockquote>{escape(text)}</blockquote>"
-        f"<div>Gold: {tags(gold, labels, ids)}</div>"
-        f"<div>Predicted: {tags(given, labels, ids)}</div>"
-        f'<div class="small">{"<br>".join(lines)}</div></article>\n'
-    )
-
-
-def section(key, text, *content):
-    parts = "".join(content)
-    return f'<section id="{key}"><h2>{SECTIONS[key]}</h2>\n<p>{text}</p>\n{parts}</section>\n'
-
-
-def overall(reports):
-    rows = []
-    for key, title in SETS.items():
-        if found := reports.get(key):
-            exact, texts = 100 * found["subset_accuracy"], found["samples"]
-            for average in ("micro", "macro"):
-                values = (100 * found[average][key] for key in KEYS)
-                rows.append([title, average, *values, exact, texts])
-    figures = ["precision:.2f", "recall:.2f", "F1:.2f", "all labels right:.2f"]
-    return table("overall", ["set", "average", *figures, "texts:d"], rows)
-
-
-def labels_section(classes, facts, thresholds):
-    heads = ["id:d", "label", "support:d", "predicted:d", "precision:.2f", "recall:.2f", "F1:.2f"]
-    rows = []
-    for i, (row, fact) in enumerate(zip(classes, facts)):
-        figures = (100 * value for value in (*(row[key] for key in KEYS), fact["ap"]))
-        rows.append([i, row["label"], row["support"], row["predicted"], *figures, thresholds[i]])
-    text = (
-        "In percent; a click on a column head sorts. Average precision does not depend on the "
-        "threshold. A dash: no text of the set has the label."
-    )
-    heads += ["average precision:.2f", "threshold:.3f"]
-    return section("labels", text, table("labels", heads, rows))
-
-
-def thresholds_section(classes, facts, thresholds, tuned):
-    heads = ["label", "threshold:.3f", "F1:.2f", "best threshold here:.3f", "F1 there:.2f"]
-    rows = [
-        [row["label"], threshold, 100 * row["f1"], fact["best"], 100 * fact["best_f1"]]
-        for row, threshold, fact in zip(classes, thresholds, facts)
-    ]
-    text = (
-        "The best threshold is chosen on this very set, so its F1 is optimistic, most of all for "
-        "rare labels. "
-    )
-    if tuned:
-        heads.append("F1 tuned, out of sample:.2f")
-        rows = [[*row, 100 * found["f1"]] for row, found in zip(rows, tuned["classes"])]
-        text += "The last column is what tuning gives on texts that it has not seen."
-    else:
-        text += "<code>--tune_thresholds</code> tells what tuning gives on texts it has not seen."
-    return section("thresholds", text, table("thresholds", heads, rows))
-
-
-def pair_sections(gold, given, labels):
-    """Two tables; gold, given: 0/1 CSR [texts, classes]."""
-    missed, extra = ((gold - given) > 0).astype(np.int32), ((given - gold) > 0).astype(np.int32)
-    rows = [[labels[a], labels[b], texts] for a, b, texts in top_pairs(missed, extra)]
-    text = (
-        "Texts in which one gold label is missed and another label is given wrongly; the "
-        f"{PAIRS} most frequent pairs."
-    )
-    table_of_confused = table("confused", ["missed", "wrongly given", "texts:d"], rows)
-    yield section("confused", text, table_of_confused)
-    by_label = gold.tocsc(), given.tocsc()
-    rows = [
-        [labels[a], labels[b], texts, *both_one_none(*by_label, a, b)]
-        for a, b, texts in top_pairs(gold, gold, upper=True)
-    ]
-    text = (
-        "Texts that have both gold labels, and in how many of them the model gives both, one or "
-        f"none; the {PAIRS} most frequent pairs."
-    )
-    heads = ["label", "with", "texts:d", "both given:d", "one given:d", "none given:d"]
-    yield section("pairs", text, table("pairs", heads, rows))
-
-
-def page(content):
-    """The frame around the content; its policy allows no script but the frame's own, no network."""
-    before, after = FRAME.read_text(encoding="utf-8").split("CONTENT")
-    script = re.search("<script>(.*)</script>", after, re.S)[1]
+def fill_frame(values):
+    """The frame with the values; its policy allows no script but its own and no network."""
+    frame = FRAME.read_text(encoding="utf-8")
+    script = re.search("<script>(.*)</script>", frame, re.S)[1]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
-    return before.replace("POLICY", policy) + content + after
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters.update(figure=figure, sort_key=sort_key)
+    environment.globals["at"] = at
+    return environment.from_string(frame).render(values, script_sha256=digest)
 
 
 def render(about, reports, texts, label_ids, predicted, probs, thresholds):
@@ -311,37 +147,44 @@ def render(about, reports, texts, label_ids, predicted, probs, thresholds):
     predicted (class ids per text), probs float32 [texts, classes], thresholds [classes].
     """
     classes, thresholds = reports["dev"]["classes"], np.asarray(thresholds, dtype=np.float32)
-    labels, limits = [row["label"] for row in classes], thresholds.tolist()
+    labels, tuned = [row["label"] for row in classes], reports.get("out_of_sample")
     gold, given = indicator(label_ids, len(labels)), indicator(predicted, len(labels))
     by_label = gold.tocsc()
 
     def of_label(i):
-        targets = np.zeros(len(texts), dtype=bool)
-        targets[by_label.indices[by_label.indptr[i] : by_label.indptr[i + 1]]] = True
-        return np.ascontiguousarray(probs[:, i]), targets
+        return np.ascontiguousarray(probs[:, i]), by_label[:, [i]].toarray()[:, 0] > 0
 
-    facts = [label_facts(*of_label(i)) for i in range(len(labels))]
-    found = [i for i, fact in enumerate(facts) if not np.isnan(fact["ap"])]
-    hardest = sorted(found, key=lambda i: facts[i]["ap"])[:CURVES]
-    figures = (curves(classes[i], facts[i], *of_label(i), limits[i]) for i in hardest)
-    shown_curves = (
-        f"The {len(hardest)} labels of the lowest average precision, of the {len(found)} that some "
-        "text has; the lowest first."
+    facts = []  # of each label; the average precision is nan where no text has it
+    for i, threshold in enumerate(thresholds.tolist()):
+        scores, targets = of_label(i)
+        ap = float(average_precision_score(targets, scores)) if targets.any() else np.nan
+        best, best_f1 = best_threshold(scores, targets)
+        own = {"id": i, "threshold": threshold, "ap": ap, "best": best, "best_f1": best_f1}
+        facts.append({**classes[i], **own, "tuned_f1": tuned and tuned["classes"][i]["f1"]})
+    found = [fact for fact in facts if not np.isnan(fact["ap"])]
+    hardest = sorted(found, key=lambda fact: fact["ap"])[:CURVES]
+    missed, extra = ((gold - given) > 0).astype(np.int32), ((given - gold) > 0).astype(np.int32)
+    cases, num_wrong = worst_cases(gold, given, probs, thresholds)
+    return fill_frame(
+        {
+            "about": about,
+            "sets": [(title, reports[key]) for key, title in SETS.items() if reports.get(key)],
+            "facts": facts,
+            "tuned": tuned is not None,
+            "num_found": len(found),
+            "curves": [curves(fact, *of_label(fact["id"])) for fact in hardest],
+            "max_pairs": PAIRS,
+            "confused": top_pairs(missed, extra),
+            "pairs": [
+                (a, b, count, *both_one_none(by_label, given, a, b))
+                for a, b, count in top_pairs(gold, gold, upper=True)
+            ],
+            "labels": labels,
+            "thresholds": thresholds.tolist(),
+            "num_wrong": num_wrong,
+            "num_texts": len(texts),
+            "cases": [(texts[i], label_ids[i], predicted[i], wrong) for i, wrong in cases],
+            "max_text": CASE_TEXT,
+            "max_labels": CASE_LABELS,
+        }
     )
-    cases, wrong = worst_cases(gold, given, probs, thresholds)
-    articles = (case(texts[i], label_ids[i], predicted[i], w, labels, limits) for i, w in cases)
-    shown_cases = (
-        f"{wrong} of {len(texts)} texts are labelled wrongly; here are the {len(cases)} with a "
-        "probability farthest on the wrong side of its threshold."
-    )
-    sections = [
-        labels_section(classes, facts, limits),
-        section("curves", shown_curves, '<div class="curves">', *figures, "</div>"),
-        thresholds_section(classes, facts, limits, reports.get("out_of_sample")),
-        *pair_sections(gold, given, labels),
-        section("cases", shown_cases, *articles),
-    ]
-    links = "".join(f'<a href="#{key}">{title}</a>' for key, title in SECTIONS.items())
-    head = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in about.items())
-    head = f"<h1>Evaluation report</h1>\n<dl>{head}</dl>\n<nav>{links}</nav>\n"
-    return page("".join([head, overall(reports), *sections]))

@@ -8,7 +8,6 @@ FeatureSimilarityModel, cosine of the classifier's input). Support data are the 
 nearest to the sparse ones, repeated or augmented, or with --annotate unlabelled texts to label.
 """
 
-import zlib  # noqa: F401  libpaddle exports zlib symbols of its own; loaded after it, zlib crashes
 import itertools
 import random
 import sys
@@ -17,11 +16,12 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from aug import STRATEGIES, add_augmentation_flags, make_augmenter, new_texts  # noqa: E402
-from trustai_compat import Encoder, nearest  # noqa: E402
+from augmentation import STRATEGIES, add_augmentation_flags, make_augmenter, new_texts  # noqa: E402
 
 import utils  # noqa: E402
 from utils import UserError, at_least, logger  # noqa: E402
+
+compat = utils.LazyModule("trustai_compat")
 
 
 def parse_args(argv=None):
@@ -42,62 +42,28 @@ def parse_args(argv=None):
     add("--aug_strategy", choices=strategies, default="substitute", help="what becomes of them")
     add("--sparse_num", type=at_least(1), default=100, help="sparse texts; 10-20 %% of dev")
     add("--support_num", type=at_least(1), default=100, help="support texts; 10-20 %% of train")
-    mean = "nearest training texts whose mean similarity is a dev text's score"
-    add("--rationale_num", "--rationale_num_sparse", type=at_least(1), default=3, help=mean)
-    ranked = "nearest candidates of each sparse text to choose from; None: enough"
-    add("--rationale_num_support", type=at_least(1), help=ranked)
-    least = "candidates of lower similarity support nothing"
-    add("--support_threshold", type=at_least(-1.0), default=0.7, help=least)
+    add(
+        "--rationale_num",
+        "--rationale_num_sparse",
+        type=at_least(1),
+        default=3,
+        help="nearest training texts whose mean similarity is a dev text's score",
+    )
+    add("--rationale_num_support", type=at_least(1), help="candidates per text; None: enough")
+    add("--support_threshold", type=at_least(-1.0), default=0.7, help="similarity must be above")
     add("--seed", type=at_least(0), default=3, help="seed of the augmentation")
     add_augmentation_flags(parser)
     return parser.parse_args(argv)
 
 
-def find_support(indexes, scores, threshold, excluded):
-    """Yields (candidate, similarity): each sparse text's nearest in turn, then its second, ...
-
-    indexes, scores: [sparse texts, ranks]. No candidate comes twice, none of the set `excluded`,
-    none whose similarity is not above the threshold.
-    """
-    taken = set(excluded)
-    for rank in range(indexes.shape[1]):
-        if not (scores[:, rank] > threshold).any():  # later ranks are less similar still
-            break
-        for candidate, score in zip(indexes[:, rank].tolist(), scores[:, rank].tolist()):
-            if score > threshold and candidate not in taken:
-                taken.add(candidate)
-                yield candidate, score
-
-
-def read_unlabeled(path):
-    """Texts of the file, each once, blank ones left out; of a line with a tab the part before it.
-
-    So predict.py's output can be read, too; its header line is skipped.
-    """
-    lines = list(utils.read_texts(path))
-    texts = (line.split("\t")[0].strip() for line in lines[lines[0].startswith("text\tlabel") :])
-    candidates = [text for text in dict.fromkeys(texts) if text]
-    if not candidates:
-        raise UserError(f"{path}: no texts; write one text per line")
-    return candidates
-
-
-def write_result(folder, name, texts, names, scores):
-    """The samples as a data file, and as `.scores.tsv` beside it; names None: texts alone."""
-    lines = texts if names is None else [f"{t}\t{','.join(n)}" for t, n in zip(texts, names)]
-    header = "score\ttext" + "\tlabel" * (names is not None)
-    rows = [header, *(f"{score:.6f}\t{line}" for score, line in zip(scores, lines))]
-    files = {name: lines, Path(name).with_suffix(".scores.tsv"): rows}
-    utils.write_files(folder, {k: "".join(f"{line}\n" for line in v) for k, v in files.items()})
-
-
 def main(argv=None):
     args = parse_args(argv)
     data = Path(args.dataset_dir)
-    sparse_path, support_path = data / args.sparse_file, data / args.support_file
-    outputs = [sparse_path, support_path]
-    inputs = (data / name for name in (args.train_file, args.dev_file, args.unlabeled_file))
-    utils.check_outputs([*outputs, *(path.with_suffix(".scores.tsv") for path in outputs)], inputs)
+    sparse_path, support_path = outputs = [data / args.sparse_file, data / args.support_file]
+    outputs += [path.with_suffix(".scores.tsv") for path in outputs]
+    files = (args.train_file, args.dev_file, args.unlabeled_file, args.label_file or "label.txt")
+    inputs = [data / name for name in files]
+    utils.check_outputs(outputs, [*inputs, *utils.model_files(args.params_path)])
     labels = utils.read_model_info(args.params_path).labels
     utils.check_labels(data, args.label_file, labels)
     train_texts, train_ids = utils.read_examples(data / args.train_file, labels)
@@ -107,43 +73,41 @@ def main(argv=None):
             f"--sparse_num {args.sparse_num}: {args.dev_file} has only {len(dev_texts)} samples; "
             "10-20 % of them are usual"
         )
-    augment = not args.annotate and args.aug_strategy != "duplicate"
-    if augment:
+    augmenter = None
+    if not args.annotate and args.aug_strategy != "duplicate":
         augmenter = make_augmenter(args.aug_strategy, args.aug_percent, args.dict_dir)
+        utils.check_outputs(outputs, augmenter.files)
     candidates = read_unlabeled(data / args.unlabeled_file) if args.annotate else train_texts
 
-    encoder = Encoder(args.params_path, args.device, args.max_seq_length, args.batch_size)
+    encoder = compat.Encoder(args.params_path, args.device, args.max_seq_length, args.batch_size)
+    nearest = compat.nearest
     dev_features = encoder.features(dev_texts, "dev")
-    features = encoder.features(train_texts, "train")
-    similarity = encoder.similarity(features)
-    _, scores = nearest(similarity, dev_features, args.rationale_num, "sparse")
-    means = scores.mean(axis=1)
+    similarity = encoder.similarity(encoder.features(train_texts, "train"))
+    means = nearest(similarity, dev_features, args.rationale_num, "sparse")[1].mean(axis=1)
     sparse = np.argsort(means, kind="stable")[: args.sparse_num]
-    sparse_scores = means[sparse]
     names = [[labels[j] for j in dev_ids[i]] for i in sparse]
-    write_result(data, args.sparse_file, [dev_texts[i] for i in sparse], names, sparse_scores)
+    write_result(sparse_path, [dev_texts[i] for i in sparse], names, means[sparse])
     logger.info("Sparse data saved in %s", sparse_path)
-    logger.info("Average score in sparse data: %.4f", sparse_scores.mean())
+    logger.info("Average score in sparse data: %.4f", means[sparse].mean())
 
     # A dev text in the training set would be an answer known beforehand.
     known = {*dev_texts, *(train_texts if args.annotate else ())}
     excluded = {i for i, text in enumerate(candidates) if text in known}
     if excluded:
-        where = "in train or dev" if args.annotate else "in dev"
-        logger.info("%d candidates are left out: their texts stand %s", len(excluded), where)
+        where = "train or dev" if args.annotate else "dev"
+        logger.info("%d candidates are left out: their texts are in %s", len(excluded), where)
     first = {text: i for i, text in reversed(list(enumerate(candidates)))}
-    excluded |= {i for i, text in enumerate(candidates) if first[text] != i}  # repetitions
+    excluded |= {i for i, text in enumerate(candidates) if first[text] != i}  # duplicates
     if args.annotate:
         similarity = encoder.similarity(encoder.features(candidates, "unlabeled"))
     # The nearest of one sparse text alone would do; some cannot be augmented.
-    number = args.rationale_num_support or len(excluded) + 2 * args.support_num
-    indexes, scores = nearest(similarity, dev_features[sparse], number, "support")
+    ranks = args.rationale_num_support or len(excluded) + 2 * args.support_num
+    indices, scores = nearest(similarity, dev_features[sparse], ranks, "support")
     random.seed(args.seed)
     texts, names, support_scores, seen = [], [], [], {*train_texts, *dev_texts}
-    for candidate, score in find_support(indexes, scores, args.support_threshold, excluded):
-        found = [candidates[candidate]]
-        if augment:
-            found = new_texts(*found, itertools.repeat(augmenter), 1, seen)
+    for candidate, score in find_support(indices, scores, args.support_threshold, excluded):
+        text = candidates[candidate]
+        found = new_texts(text, itertools.repeat(augmenter), 1, seen) if augmenter else [text]
         texts += found
         support_scores += [score] * len(found)
         if not args.annotate:
@@ -151,15 +115,54 @@ def main(argv=None):
         if len(texts) == args.support_num:
             break
     advice = "lower --support_threshold or give more candidates"
-    if number < len(candidates):
+    if ranks < len(candidates):
         advice += " or raise --rationale_num_support"
     if not texts:
         raise UserError(f"no support data above the threshold, none written; {advice}")
     if len(texts) < args.support_num:
         logger.warning("Only %d support texts of %d; %s", len(texts), args.support_num, advice)
-    write_result(data, args.support_file, texts, None if args.annotate else names, support_scores)
+    write_result(support_path, texts, None if args.annotate else names, support_scores)
     logger.info("support data saved in %s", support_path)
     logger.info("support average scores: %.4f", np.mean(support_scores))
+
+
+def find_support(indices, scores, threshold, excluded):
+    """Yields (candidate, similarity): each sparse text's nearest in turn, then its second, ...
+
+    indices, scores: [sparse texts, ranks]. A candidate comes once, if it is not in the set
+    `excluded` and its similarity is above the threshold.
+    """
+    taken = set(excluded)
+    for rank in range(indices.shape[1]):
+        if not (scores[:, rank] > threshold).any():  # later ranks are less similar still
+            break
+        for candidate, score in zip(indices[:, rank].tolist(), scores[:, rank].tolist()):
+            if score > threshold and candidate not in taken:
+                taken.add(candidate)
+                yield candidate, score
+
+
+def read_unlabeled(path):
+    """Texts of the file, each once, blank ones left out; of a line with a tab the part before it.
+
+    predict.py's output can be read as well; its header line is skipped.
+    """
+    lines = list(utils.read_texts(path))
+    texts = (line.split("\t")[0].strip() for line in lines[lines[0].startswith("text\tlabel") :])
+    candidates = [text for text in dict.fromkeys(texts) if text]
+    if not candidates:
+        raise UserError(f"{path}: no texts; write one text per line")
+    return candidates
+
+
+def write_result(path, texts, names, scores):
+    """The samples as a data file, and as `.scores.tsv` beside it; names None: texts alone."""
+    lines = texts if names is None else [f"{t}\t{','.join(n)}" for t, n in zip(texts, names)]
+    header = "score\ttext" + "\tlabel" * (names is not None)
+    rows = [header, *(f"{score:.6f}\t{line}" for score, line in zip(scores, lines))]
+    files = {path.name: lines, path.with_suffix(".scores.tsv").name: rows}
+    contents = {name: "".join(f"{line}\n" for line in files[name]) for name in files}
+    utils.write_files(path.parent, contents)
 
 
 if __name__ == "__main__":

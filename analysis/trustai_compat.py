@@ -5,7 +5,6 @@ the input of the classifier layer, so the encoder runs in this project's own pip
 graph on the CPU) and TrustAI is given a model that is the classifier layer alone.
 """
 
-import zlib  # noqa: F401  libpaddle exports zlib symbols of its own; loaded after it, zlib crashes
 import contextlib
 import io
 import sys
@@ -13,14 +12,13 @@ import types
 from pathlib import Path
 
 import numpy as np
-import paddle
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils  # noqa: E402
-from export_model import load_checkpoint, set_device  # noqa: E402
-from predict import fast_forward  # noqa: E402
 from utils import UserError  # noqa: E402
+
+model, paddle = utils.LazyModule("model"), utils.LazyModule("paddle")
 
 
 def import_trustai():
@@ -38,54 +36,49 @@ def import_trustai():
         hint = "pip install -r analysis/requirements.txt"
         raise UserError(f"TrustAI cannot be imported ({error}); {hint}") from error
     finally:
-        for name in stubs:  # nobody else shall take them for the real ones
+        for name in stubs:  # other packages must not find them
             del sys.modules[name]
     return trustai.interpretation
-
-
-@contextlib.contextmanager
-def _quiet():
-    """TrustAI prints to stdout and shows progress bars of single batches."""
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        yield
-
-
-class _Classifier(paddle.nn.Layer):
-    """The classifier layer under the name by which TrustAI looks for it."""
-
-    def __init__(self, classifier):
-        super().__init__()
-        self.classifier = classifier
-
-    def forward(self, features):
-        return self.classifier(features)
 
 
 class Encoder:
     """A checkpoint without its classifier: texts to features [texts, hidden], and TrustAI's view.
 
-    Raises UserError for a broken checkpoint, an unknown device, a length it can't take.
+    Raises UserError for a broken checkpoint, an unknown device, a length that the model can't take.
     """
 
     def __init__(self, params_path, device, max_seq_length=None, batch_size=32):
+        self.info = utils.read_model_info(params_path).with_settings(max_seq_length)
+        self.tokenizer, self.batch_size = utils.load_tokenizer(params_path), batch_size
         self.interpretation = import_trustai()
-        set_device(device)
-        model, self.info = load_checkpoint(params_path)
-        self.max_seq_length = max_seq_length or self.info.max_seq_length
-        utils.check_length(self.max_seq_length, self.info.max_position)
-        self.batch_size = batch_size
-        self.tokenizer = utils.load_tokenizer(params_path)
-        self.classifier = _Classifier(model.classifier)
-        self.hidden_size = model.classifier.weight.shape[0]
-        model.classifier = paddle.nn.Identity()
-        self.forward = fast_forward(model, device)
-        set_device(device)  # the static graph's predictor took the threads away
+        model.set_device(device)
+        encoder, _ = model.load_checkpoint(params_path)
+        self.hidden_size = encoder.classifier.weight.shape[0]
+        # TrustAI looks for the layer by this name.
+        self.classifier = paddle.nn.Sequential(("classifier", encoder.classifier))
+        encoder.classifier = paddle.nn.Identity()
+        self.forward = model.fast_forward(encoder, device)
+        model.set_device(device)  # the static graph's predictor took the threads away
 
     def features(self, texts, desc):
         """The classifier's input for each text, float32 [texts, hidden]."""
-        encoded, cut = utils.encode(texts, self.tokenizer, self.max_seq_length)
-        utils.warn_truncated(cut, len(texts), self.max_seq_length)
-        return utils.logits_of(self.forward, encoded, self.batch_size, self.hidden_size, desc)
+        settings = {"desc": desc, "num_outputs": self.hidden_size}
+        runner = utils.Labeller(
+            self.forward, self.tokenizer, self.info, self.batch_size, **settings
+        )
+        features = runner.logits(texts)
+        runner.warn_cut()
+        return features
+
+    def _explain(self, name, features):
+        """One of TrustAI's explainers of the classifier layer, on features [texts, hidden].
+
+        It prints to stdout and shows progress bars of single batches, which is suppressed.
+        """
+        data = [paddle.to_tensor(features)]
+        explainer = getattr(self.interpretation, name)
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            return explainer(self.classifier, data, predict_fn=self._predict)
 
     def _predict(self, features, classifier_layer_name, paddle_model):
         """TrustAI's predict_fn; its own, with softmax and arg-max, goes through Python lists."""
@@ -94,30 +87,23 @@ class Encoder:
 
     def similarity(self, candidates):
         """FeatureSimilarityModel of features [candidates, hidden], the training set's usually."""
-        with _quiet():
-            return self.interpretation.FeatureSimilarityModel(
-                self.classifier, [paddle.to_tensor(candidates)], predict_fn=self._predict
-            )
+        return self._explain("FeatureSimilarityModel", candidates)
 
     def representer_points(self, features):
         """The weights [texts, classes] of RepresenterPointModel on features [texts, hidden]."""
-        with _quiet():
-            model = self.interpretation.RepresenterPointModel(
-                self.classifier, [paddle.to_tensor(features)], predict_fn=self._predict
-            )
-        return model.weight_matrix.numpy()
+        return self._explain("RepresenterPointModel", features).weight_matrix.numpy()
 
 
-def nearest(similarity, features, number, desc):
-    """The `number` candidates of greatest cosine similarity for each row of features.
+def nearest(similarity, features, k, desc):
+    """The k candidates of greatest cosine similarity for each row of features.
 
-    Returns (indexes, scores), both [rows, number], the most similar first. All candidates are
-    ranked if there are fewer.
+    Returns (indices, scores), both [rows, k], the most similar first. All candidates are ranked if
+    there are fewer.
     """
-    number = min(number, len(similarity.train_feature))
-    indexes = np.empty((len(features), number), dtype=np.int64)
-    scores = np.empty((len(features), number), dtype=np.float32)
+    k = min(k, len(similarity.train_feature))
+    indices = np.empty((len(features), k), dtype=np.int64)
+    scores = np.empty((len(features), k), dtype=np.float32)
     for i in tqdm(range(len(features)), desc, leave=False, disable=None):
-        (result,) = similarity.interpret(paddle.to_tensor(features[i : i + 1]), sample_num=number)
-        indexes[i], scores[i] = result.pos_indexes, result.pos_scores
-    return indexes, scores
+        (result,) = similarity.interpret(paddle.to_tensor(features[i : i + 1]), sample_num=k)
+        indices[i], scores[i] = result.pos_indexes, result.pos_scores
+    return indices, scores

@@ -11,7 +11,6 @@ ones raised this label's logit, negative ones lowered it. Three methods:
   al. 2016, "Why Should I Trust You?").
 """
 
-import zlib  # noqa: F401  libpaddle exports zlib symbols of its own; loaded after it, zlib crashes
 import bisect
 import html
 import sys
@@ -20,26 +19,28 @@ from pathlib import Path
 
 import jieba
 import numpy as np
-import paddle
 from sklearn.linear_model import Ridge
 from sklearn.metrics.pairwise import cosine_distances
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import metric  # noqa: E402
 import utils  # noqa: E402
-from export_model import dygraph_forward, load_checkpoint, set_device  # noqa: E402
 from utils import UserError  # noqa: E402
+
+model, paddle = utils.LazyModule("model"), utils.LazyModule("paddle")
 
 METHODS = ("ig", "grad", "lime")
 STEPS = 64  # points on the path of ig
 SHAP_SAMPLES, SHAP_NOISE = 32, 0.1  # points of grad; noise in units of the embeddings' deviation
 LIME_SAMPLES, LIME_WIDTH = 500, 0.25  # texts with words replaced; kernel width in cosine distance
 BATCH = 32  # points or texts per forward pass
+# The gradients of a confident model are so small that intermediate results are subnormal numbers,
+# with which some processors compute slowly. A power of two can be taken out again exactly.
+LOGIT_SCALE = 2.0**20
 
 
 @dataclass(frozen=True)
 class Interpretation:
-    """The attributions of one text. Words behind max_seq_length are left out."""
+    """The attributions of one text. Words beyond max_seq_length are left out."""
 
     text: str
     words: list  # of jieba, in the order of the text; joined they are the text
@@ -47,11 +48,11 @@ class Interpretation:
     probs: np.ndarray  # [labels]
     attributions: np.ndarray  # [labels, words], in units of the label's logit
 
-    def key_words(self, row, number):
-        """The `number` words that speak most for label `row`, the strongest first."""
+    def key_words(self, row, count):
+        """The words that speak most for label `row`, the strongest first."""
         order = np.argsort(-self.attributions[row], kind="stable")
         chosen = [self.words[i] for i in order if self.attributions[row, i] > 0]
-        return list(dict.fromkeys(chosen))[:number]
+        return list(dict.fromkeys(chosen))[:count]
 
 
 class WordInterpreter:
@@ -63,18 +64,19 @@ class WordInterpreter:
     def __init__(self, params_path, device, max_seq_length=None, method="ig", seed=3):
         if method not in METHODS:
             raise UserError(f"method '{method}': use one of {', '.join(METHODS)}")
-        set_device(device)
+        model.set_device(device)
         jieba.setLogLevel("WARNING")
-        self.model, self.info = load_checkpoint(params_path)
+        self.model, info = model.load_checkpoint(params_path)
         # Only the embeddings' gradients are wanted. But those are wrong in Paddle 2.6.2 (CPU)
         # where a LayerNorm wants none of its own, be it frozen or through paddle.grad.
         for layer in self.model.sublayers():
             for parameter in layer.parameters(include_sublayers=False):
                 parameter.stop_gradient = not isinstance(layer, paddle.nn.LayerNorm)
-        self.max_seq_length = max_seq_length or self.info.max_seq_length
-        utils.check_length(self.max_seq_length, self.info.max_position)
+        self.info = info.with_settings(max_seq_length)
         self.tokenizer = utils.load_tokenizer(params_path)
-        self.forward = dygraph_forward(self.model)
+        self.labeller = utils.Labeller(
+            model.dygraph_forward(self.model), self.tokenizer, self.info, BATCH
+        )
         self.method, self.seed = getattr(self, f"_{method}"), seed
 
     def __call__(self, text, labels=None):
@@ -83,10 +85,9 @@ class WordInterpreter:
         A text without predicted labels is explained for its most probable label.
         """
         input_ids, words, word_of = self._encode(text)
-        probs = metric.probabilities(self.forward(**utils.pad([input_ids])))[0]
+        (decisions,), (probs,) = self.labeller.decide([text])
         if labels is None:
-            ids = np.flatnonzero(metric.decode(probs[None], **self.info.rule)).tolist()
-            ids = ids or [int(probs.argmax())]
+            ids = np.flatnonzero(decisions).tolist() or [int(probs.argmax())]
         else:
             unknown = [label for label in labels if label not in self.info.labels]
             if unknown:
@@ -97,62 +98,58 @@ class WordInterpreter:
         return Interpretation(text, words, names, probs[ids], attributions)
 
     def _encode(self, text):
-        """Token ids with [CLS] and [SEP], words, and the word number of each token between."""
+        """Token ids with [CLS] and [SEP], words, and for each token between its word's index."""
         encoding = self.tokenizer.encode(text, add_special_tokens=False)
         ends = np.cumsum([len(word) for word in jieba.lcut(text)]).tolist()
         # A token belongs to one word: join those that share one (jieba splits full-width digits).
         inside = {i for start, end in encoding.offsets for i in range(start + 1, end)}
         ends = [end for end in ends if end not in inside]
         words = [text[start:end] for start, end in zip([0, *ends], ends)]
-        kept = self.max_seq_length - 2
+        kept = self.info.max_seq_length - 2
         word_of = [bisect.bisect_right(ends, start) for start, _ in encoding.offsets[:kept]]
-        (input_ids,), _ = utils.encode([text], self.tokenizer, self.max_seq_length)
+        (input_ids,) = self.labeller.encode([text])
         if len(encoding.ids) > kept:
             words = words[: word_of[-1] + 1]
         return input_ids, words, np.array(word_of, dtype=np.int64)
 
-    def _gradients(self, input_ids, points, ids):
-        """Mean gradients of the labels' logits over the points, [labels, tokens, hidden].
-
-        points: function from the word embeddings [tokens, hidden] to [points, tokens, hidden].
-        Returns the embeddings, too.
-        """
-        layer = self.model.base_model.embeddings.word_embeddings
-        embedded = layer(paddle.to_tensor(input_ids.astype("int64"))).numpy()
-        values, total = points(embedded), 0.0
-        for start in range(0, len(values), BATCH):
-            leaf = paddle.to_tensor(values[start : start + BATCH], stop_gradient=False)
-            hook = layer.register_forward_post_hook(lambda *_, leaf=leaf: leaf)
-            try:
-                logits = self.model(
-                    paddle.to_tensor(utils.pad([input_ids] * len(leaf))["input_ids"])
-                )
-            finally:
-                hook.remove()
-            gradients = []
-            for i in ids:
-                leaf.clear_gradient()
-                logits[:, i].sum().backward(retain_graph=True)
-                gradients.append(leaf.grad.numpy())
-            self.model.clear_gradients()
-            total = total + np.stack(gradients).sum(axis=1)
-        return total / len(values), embedded
-
     def _along_path(self, input_ids, word_of, num_words, ids, alphas, noise=0.0):
-        def points(embedded):
-            values = np.repeat(embedded[None], len(alphas), axis=0)
-            inner = values[:, 1:-1]  # [CLS] and [SEP] stay as they are
-            rng = np.random.default_rng(self.seed)
-            inner += noise * embedded.std() * rng.standard_normal(inner.shape, np.float32)
-            inner *= np.asarray(alphas, np.float32)[:, None, None]
-            return values
-
-        gradients, embedded = self._gradients(input_ids, points, ids)
+        """Gradients at the scaled embeddings times the embeddings, [labels, words]."""
+        layer = self.model.base_model.embeddings.word_embeddings
+        input_ids = input_ids.astype("int64")
+        embedded = layer(paddle.to_tensor(input_ids)).numpy()
+        points = np.repeat(embedded[None], len(alphas), axis=0)
+        inner = points[:, 1:-1]  # [CLS] and [SEP] stay as they are
+        rng = np.random.default_rng(self.seed)
+        inner += noise * embedded.std() * rng.standard_normal(inner.shape, np.float32)
+        inner *= np.asarray(alphas, np.float32)[:, None, None]
+        gradients = self._gradients(layer, input_ids, points, ids)
         tokens = (gradients * embedded).sum(axis=-1)[:, 1:-1]
         result = np.zeros((len(ids), num_words))
         for row, values in zip(result, tokens):
             np.add.at(row, word_of, values)
         return result
+
+    def _gradients(self, layer, input_ids, points, ids):
+        """Mean gradients of the labels' logits at the points, [labels, tokens, hidden].
+
+        points: what the word embeddings are replaced with, [points, tokens, hidden].
+        """
+        total = 0.0
+        for start in range(0, len(points), BATCH):
+            leaf = paddle.to_tensor(points[start : start + BATCH], stop_gradient=False)
+            hook = layer.register_forward_post_hook(lambda *_, leaf=leaf: leaf)
+            try:
+                logits = self.model(paddle.to_tensor(np.repeat([input_ids], len(leaf), axis=0)))
+            finally:
+                hook.remove()
+            gradients = []
+            for i in ids:
+                leaf.clear_gradient()
+                (logits[:, i].sum() * LOGIT_SCALE).backward(retain_graph=True)
+                gradients.append(leaf.grad.numpy())
+            self.model.clear_gradients()
+            total = total + np.stack(gradients).sum(axis=1)
+        return total / len(points) / LOGIT_SCALE
 
     def _ig(self, *args):
         return self._along_path(*args, (np.arange(STEPS) + 0.5) / STEPS)  # midpoint rule
@@ -168,7 +165,7 @@ class WordInterpreter:
         rows = np.repeat(input_ids[None], LIME_SAMPLES, axis=0)
         unknown = self.tokenizer.token_to_id("[UNK]")
         rows[:, 1:-1] = np.where(kept[:, word_of] > 0, rows[:, 1:-1], unknown)
-        logits = utils.logits_of(self.forward, list(rows), BATCH, len(self.info.labels))
+        logits = utils.logits_of(self.labeller.forward, rows, BATCH, len(self.info.labels))
         if num_words == 0:
             return np.zeros((len(ids), 0))
         distances = cosine_distances(kept, kept[:1])[:, 0]

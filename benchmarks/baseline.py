@@ -3,18 +3,11 @@
 python benchmarks/baseline.py --dataset_dir data
 """
 
-import json
-import sys
 import time
-from pathlib import Path
 
-from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.multiclass import OneVsRestClassifier
-from sklearn.svm import LinearSVC
+import common
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import metric  # noqa: E402
-import utils  # noqa: E402
+import utils
 
 
 def parse_args(argv=None):
@@ -23,33 +16,31 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def evaluate(train, dev, num_labels):
-    """metric.MultiLabelCounts on dev of a classifier trained on train; both (texts, label_ids)."""
-    (texts, ids), (dev_texts, dev_ids) = train, dev
+def evaluate(dataset_dir, train_file="train.txt"):
+    """metric.MultiLabelCounts on dev of a classifier trained on a file of the folder."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.multiclass import OneVsRestClassifier
+    from sklearn.svm import LinearSVC
+
+    labels, train, dev = common.read_data(dataset_dir, train_file, "dev.txt")
     vectorizer = TfidfVectorizer(analyzer="char", ngram_range=(1, 3), min_df=2, sublinear_tf=True)
-    model = OneVsRestClassifier(LinearSVC(C=1, random_state=0, dual="auto"))
-    model.fit(vectorizer.fit_transform(texts), utils.multi_hot(ids, num_labels).astype(int))
-    counts = metric.MultiLabelCounts(num_labels)
-    decisions = model.predict(vectorizer.transform(dev_texts))
-    counts.update(decisions, utils.multi_hot(dev_ids, num_labels))
-    return counts
+    classifier = OneVsRestClassifier(LinearSVC(C=1, random_state=0, dual="auto"))
+    targets = utils.multi_hot(train[1], len(labels)).astype(int)
+    classifier.fit(vectorizer.fit_transform(train[0]), targets)
+    return common.count(classifier.predict(vectorizer.transform(dev[0])), dev[1])
 
 
 def main(argv=None):
     args = parse_args(argv)
-    data = Path(args.dataset_dir)
-    labels = utils.read_labels(data / "label.txt")
-    train, dev = (utils.read_examples(data / f"{name}.txt", labels) for name in ("train", "dev"))
     start = time.perf_counter()
-    counts = evaluate(train, dev, len(labels))
-    result = {
-        "system": "character 1-3-gram TF-IDF + LinearSVC(C=1), one-vs-rest",
-        "micro_f1": round(100 * counts.micro_f1, 2),
-        "macro_f1": round(100 * counts.macro_f1, 2),
-        "subset_accuracy": round(100 * counts.report(labels)["subset_accuracy"], 2),
-        "seconds": round(time.perf_counter() - start, 1),
-    }
-    print(json.dumps(result, ensure_ascii=False))
+    counts = evaluate(args.dataset_dir)
+    common.print_row(
+        system="character 1-3-gram TF-IDF + LinearSVC(C=1), one-vs-rest",
+        **common.f1_percent(counts),
+        subset_accuracy=100 * counts.exact / counts.samples,
+        seconds=time.perf_counter() - start,
+        processor=common.processor(),
+    )
 
 
 if __name__ == "__main__":

@@ -2,33 +2,29 @@
 
     python benchmarks/hf_trainer.py --dataset_dir data --model_name tiny_ernie --steps 100
 
-Needs an environment with torch, transformers and accelerate, nothing of ours but utils.py. The
-settings are those of Hugging Face's own text-classification example: Trainer's defaults, and every
-text padded to max_seq_length (its `--pad_to_max_length` is on unless switched off).
+Needs an environment with torch, transformers and accelerate, nothing of Paddle. The settings are
+those of Hugging Face's own text-classification example: Trainer's defaults, and every text padded
+to max_seq_length (its `--pad_to_max_length` is on unless switched off).
 """
 
-import argparse
-import json
-import sys
 import tempfile
 import time
-from pathlib import Path
 
+import common
 import torch
 import transformers
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import utils  # noqa: E402
+import utils
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = utils.new_parser(__doc__)
     add = parser.add_argument
     add("--dataset_dir", required=True, help="folder with train.txt and label.txt")
     add("--model_name", required=True, help="folder whose config.json gives the shape")
-    add("--steps", type=int, required=True, help="optimizer steps")
-    add("--batch_size", type=int, default=32, help="texts per step")
-    add("--max_seq_length", type=int, default=128, help="every text is padded to it")
+    add("--steps", type=utils.at_least(2), required=True, help="optimizer steps")
+    add("--batch_size", type=utils.at_least(1), default=32, help="texts per step")
+    add("--max_seq_length", type=utils.at_least(3), default=128, help="every text is padded to it")
     return parser.parse_args(argv)
 
 
@@ -44,10 +40,8 @@ class Clock(transformers.TrainerCallback):
 
 def main(argv=None):
     args = parse_args(argv)
-    data, folder = Path(args.dataset_dir), Path(args.model_name)
-    labels = utils.read_labels(data / "label.txt")
-    texts, label_ids = utils.read_examples(data / "train.txt", labels)
-    encoded, _ = utils.encode(texts, utils.load_tokenizer(folder), args.max_seq_length)
+    labels, (texts, label_ids) = common.read_data(args.dataset_dir, "train.txt")
+    encoded, _ = utils.encode(texts, utils.load_tokenizer(args.model_name), args.max_seq_length)
     targets = utils.multi_hot(label_ids, len(labels))
     examples = []
     for ids, target in zip(encoded, targets):
@@ -55,26 +49,23 @@ def main(argv=None):
         mask = [1] * len(ids) + padding
         examples.append({"input_ids": [*ids, *padding], "attention_mask": mask, "labels": target})
     config = transformers.AutoConfig.from_pretrained(
-        folder, num_labels=len(labels), problem_type="multi_label_classification"
+        args.model_name, num_labels=len(labels), problem_type="multi_label_classification"
     )
     torch.manual_seed(0)
     clock = Clock()
     with tempfile.TemporaryDirectory() as output:
-        settings = transformers.TrainingArguments(
-            output_dir=output,
-            max_steps=args.steps,
-            per_device_train_batch_size=args.batch_size,
-            save_strategy="no",
-            report_to=[],
-            use_cpu=True,
-            disable_tqdm=True,
-        )
+        quiet = {"save_strategy": "no", "report_to": [], "disable_tqdm": True}
+        size = {"max_steps": args.steps, "per_device_train_batch_size": args.batch_size}
+        settings = transformers.TrainingArguments(output, use_cpu=True, **size, **quiet)
         model = transformers.AutoModelForSequenceClassification.from_config(config)
         transformers.Trainer(model, settings, train_dataset=examples, callbacks=[clock]).train()
-    speed = (args.steps - 1) * args.batch_size / (clock.times[-1] - clock.times[0])
-    versions = {module.__name__: module.__version__ for module in (torch, transformers)}
-    print(json.dumps({"samples_per_second": speed, **versions}))
+    common.print_row(
+        samples_per_second=(args.steps - 1) * args.batch_size / (clock.times[-1] - clock.times[0]),
+        torch=torch.__version__,
+        transformers=transformers.__version__,
+        processor=common.processor(),
+    )
 
 
 if __name__ == "__main__":
-    main()
+    utils.cli(main)

@@ -16,13 +16,11 @@ import sys
 import tempfile
 from pathlib import Path
 
+import common
+import init_model
 import numpy as np
 
-REPO = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(REPO), str(REPO / "data")]
-import init_model  # noqa: E402
-
-import utils  # noqa: E402
+import utils
 
 ALPHABET = [chr(0x4E00 + i) for i in range(600)]  # of the texts
 KEY_CHARACTERS = 300  # the first of them; two make a label's key word
@@ -44,8 +42,8 @@ def parse_size(value):
 def parse_args(argv=None):
     parser = utils.new_parser(__doc__)
     sizes = [(1000, 10_000), (10_000, 10_000), (10_000, 100_000)]
-    text = "labels x training texts of each set"
-    parser.add_argument("--sizes", type=parse_size, nargs="+", default=sizes, help=text)
+    add = parser.add_argument
+    add("--sizes", type=parse_size, nargs="+", default=sizes, help="labels x training texts")
     return parser.parse_args(argv)
 
 
@@ -70,16 +68,14 @@ def make_set(folder, num_labels, num_texts):
                 file.write(text + ("\n" if name == "data" else f"\t{names}\n"))
 
 
-def measured(*command):
+def measured(*words, **flags):
     """Runs a script; returns (CPU seconds, MiB of memory at most) of that process alone."""
-    with tempfile.TemporaryFile() as log:
-        command = [sys.executable, *map(str, command)]
+    command = [sys.executable, *common.argv(*words, **flags)]
+    with tempfile.NamedTemporaryFile() as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
-            log.seek(0)
-            raise utils.UserError(f"{command[1]} failed: {log.read().decode()}")
+        common.check_status(command, process.returncode, log.name)
     unit = 2**20 if sys.platform == "darwin" else 2**10
     return usage.ru_utime + usage.ru_stime, usage.ru_maxrss / unit
 
@@ -89,29 +85,29 @@ def run_size(num_labels, num_texts):
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_set(folder, num_labels, num_texts)
-        flags = ["--output_dir", folder / "model", "--dataset_dir", folder, "--max_position", 64]
-        init_model.main([str(flag) for flag in flags])
-        shared = ["--device", "cpu", "--dataset_dir", folder, "--max_seq_length", 32]
-        trained = ["--model_name", folder / "model", "--save_dir", folder / "checkpoint"]
-        trained += ["--epochs", 1, "--learning_rate", "1e-3", "--logging_steps", 100]
-        evaluated, predicted = (["--params_path", folder / "checkpoint"] for _ in range(2))
-        evaluated += ["--bad_case_path", folder / "bad_case.txt"]
-        predicted += ["--output_file", folder / "output.txt"]
+        flags = {"output_dir": folder / "model", "dataset_dir": folder, "max_position": 64}
+        init_model.main(common.argv(**flags))
+        checkpoint = folder / "checkpoint"
+        trained = {"epochs": 1, "learning_rate": 1e-3, "logging_steps": 100}
+        trained |= {"model_name": folder / "model", "save_dir": checkpoint}
+        evaluated = {"params_path": checkpoint, "bad_case_path": folder / "bad_case.txt"}
+        predicted = {"params_path": checkpoint, "output_file": folder / "output.txt"}
         commands = {
             "train.py": (num_texts, trained),
-            "evaluate.py": (num_texts + num_texts // 10, evaluated),
+            "analysis/evaluate.py": (num_texts + num_texts // 10, evaluated),
             "predict.py": (num_texts, predicted),
         }
-        for script, (texts, own) in commands.items():
-            path = REPO / ("analysis" if script == "evaluate.py" else "") / script
-            seconds, memory = measured(path, *shared, *own)
+        shared = {"device": "cpu", "dataset_dir": folder, "max_seq_length": 32}
+        for script, (texts, flags) in commands.items():
+            seconds, memory = measured(common.REPO / script, **shared, **flags)
             dense = 4 * num_labels * num_texts / 2**20
             figures = (f"{value:.0f}" for value in (seconds, texts / seconds, memory, dense))
-            yield [str(num_labels), str(num_texts), script, *figures]
+            yield [str(num_labels), str(num_texts), Path(script).name, *figures]
 
 
 def main(argv=None):
     args = parse_args(argv)
+    print(f"Processor: {common.processor()}\n")
     print(f"| {COLUMNS} |\n{'|---' * (COLUMNS.count('|') + 1)}|", flush=True)
     for size in args.sizes:
         for row in run_size(*size):

@@ -4,109 +4,85 @@
 
 The plain loop is what the original application does: PaddleNLP's Python tokenizer, batches in file
 order padded to their longest text, dygraph forward; once as Paddle comes, once with the settings
-of export_model.set_device. Every side has a process of its own (the matrix library reads settings
-once), tokenises, runs on the CPU and is timed after a warm-up of 64 texts; loading is not counted.
+of model.set_device. Every side has a process of its own (the matrix library reads settings once),
+tokenises, runs on the CPU and is timed after a warm-up of 64 texts; loading is not counted.
 """
 
-import zlib  # noqa: F401  libpaddle exports zlib symbols of its own; loaded after it, zlib crashes
-import json
-import subprocess
-import sys
-import tempfile
 import time
-from pathlib import Path
 
+import common
 import numpy as np
-from paddlenlp.transformers import AutoTokenizer
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import metric  # noqa: E402
-import utils  # noqa: E402
-from export_model import dygraph_forward, load_checkpoint, set_device  # noqa: E402
-from predict import load_forward  # noqa: E402
+import metric
+import utils
 
-SIDES = ["plain", "plain_tuned", "pipeline"]
+model, paddle = utils.LazyModule("model"), utils.LazyModule("paddle")
+
+WARM_UP = 64  # texts
 
 
 def parse_args(argv=None):
     parser = utils.new_parser(__doc__)
-    parser.add_argument("--dataset_dir", required=True, help="folder of the data file")
-    parser.add_argument(
-        "--data_file", default="dev.txt", help="texts; only the first column counts"
-    )
-    parser.add_argument("--params_path", required=True, help="checkpoint folder")
-    parser.add_argument("--batch_size", type=utils.at_least(1), default=32, help="texts per batch")
-    parser.add_argument("--side", choices=SIDES, help="measure one side only, for --logits")
-    parser.add_argument("--logits", help="where one side puts its logits")
+    add = parser.add_argument
+    add("--dataset_dir", required=True, help="folder of the data file")
+    add("--data_file", default="dev.txt", help="texts; only the first column counts")
+    add("--params_path", required=True, help="checkpoint folder")
+    add("--batch_size", type=utils.at_least(1), default=32, help="texts per batch")
     return parser.parse_args(argv)
 
 
-def plain_loop(texts, forward, tokenizer, max_seq_length, batch_size):
-    rows = []
-    for chunk in utils.chunks(texts, batch_size):
-        encoded = [tokenizer(text, max_length=max_seq_length, truncation=True) for text in chunk]
-        rows.append(forward(**utils.pad([e["input_ids"] for e in encoded])))
-    return np.concatenate(rows)
+class PlainLoop(utils.Labeller):
+    """PaddleNLP's tokenizer and batches in file order."""
+
+    def logits(self, texts):
+        rows, settings = [], {"max_length": self.info.max_seq_length, "truncation": True}
+        for chunk in utils.chunks(texts, self.batch_size):
+            sequences = [self.tokenizer(text, **settings)["input_ids"] for text in chunk]
+            rows.append(self.forward(**utils.pad(sequences)))
+        return np.concatenate(rows)
 
 
-def pipeline(texts, forward, tokenizer, max_seq_length, batch_size, num_labels):
-    encoded, _ = utils.encode(texts, tokenizer, max_seq_length)
-    return utils.logits_of(forward, encoded, batch_size, num_labels)
+def plain_loop(args, side):
+    from paddlenlp.transformers import AutoTokenizer
 
-
-def timed(function, texts, *rest):
-    function(texts[:64], *rest)
-    start = time.perf_counter()
-    return function(texts, *rest), time.perf_counter() - start
-
-
-def measure(args):
-    """Seconds of one side; its logits go to args.logits."""
-    lines = utils.read_texts(Path(args.dataset_dir) / args.data_file)
-    texts = [line.split("\t")[0] for line in lines]
-    if args.side == "pipeline":
-        forward, info = load_forward(args.params_path, "cpu")
-        function, tokenizer = pipeline, utils.load_tokenizer(args.params_path)
-        rest = [len(info.labels)]
+    if side == "plain":
+        paddle.set_device("cpu")
     else:
-        if args.side == "plain_tuned":
-            set_device("cpu")
-        model, info = load_checkpoint(args.params_path)
-        forward, function, rest = dygraph_forward(model), plain_loop, []
-        tokenizer = AutoTokenizer.from_pretrained(args.params_path)
-    rest = [forward, tokenizer, info.max_seq_length, args.batch_size, *rest]
-    logits, seconds = timed(function, texts, *rest)
-    np.save(args.logits, logits)
-    return len(texts), seconds
+        model.set_device("cpu")
+    net, info = model.load_checkpoint(args.params_path)
+    tokenizer = AutoTokenizer.from_pretrained(args.params_path)
+    return PlainLoop(model.dygraph_forward(net), tokenizer, info, args.batch_size)
+
+
+def measure(args, side):
+    """Returns (texts per second, logits, decisions) of one side."""
+    texts = common.read_first_column(args.dataset_dir, args.data_file)
+    if side == "pipeline":
+        labeller = model.load_labeller(args.params_path, "cpu", batch_size=args.batch_size)
+    else:
+        labeller = plain_loop(args, side)
+    labeller.logits(texts[:WARM_UP])
+    start = time.perf_counter()
+    logits = labeller.logits(texts)
+    seconds = time.perf_counter() - start
+    decisions = metric.decode(metric.probabilities(logits), **labeller.info.rule)
+    return len(texts) / seconds, logits, decisions
 
 
 def main(argv=None):
     args = parse_args(argv)
-    if args.side:
-        print(json.dumps(measure(args)))
-        return
-    speed, logits = {}, {}
-    with tempfile.TemporaryDirectory() as folder:
-        for side in SIDES:
-            path = Path(folder) / f"{side}.npy"
-            flags = ["--dataset_dir", args.dataset_dir, "--data_file", args.data_file]
-            flags += ["--params_path", args.params_path, "--batch_size", args.batch_size]
-            command = [sys.executable, __file__, *flags, "--side", side, "--logits", path]
-            command = [str(part) for part in command]
-            run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            count, seconds = json.loads(run.stdout.splitlines()[-1])
-            speed[side], logits[side] = count / seconds, np.load(path)
-    rule = utils.read_model_info(args.params_path).rule
-    decisions = {s: metric.decode(metric.probabilities(logits[s]), **rule) for s in SIDES}
-    differ = (decisions["plain"] != decisions["pipeline"]).any(axis=1)
-    result = {
-        **{f"{side}_texts_per_second": round(value, 1) for side, value in speed.items()},
-        "ratio_to_plain": round(speed["pipeline"] / speed["plain"], 2),
-        "ratio_to_plain_tuned": round(speed["pipeline"] / speed["plain_tuned"], 2),
-        "texts_with_other_labels": int(differ.sum()),
-        "largest_logit_difference": float(np.abs(logits["plain"] - logits["pipeline"]).max()),
-    }
-    print(json.dumps(result))
+    sides = "plain", "plain_tuned", "pipeline"
+    plain, tuned, pipeline = (common.in_new_process(measure, args, side) for side in sides)
+    common.print_row(
+        plain_texts_per_second=plain[0],
+        plain_tuned_texts_per_second=tuned[0],
+        pipeline_texts_per_second=pipeline[0],
+        ratio_to_plain=pipeline[0] / plain[0],
+        ratio_to_plain_tuned=pipeline[0] / tuned[0],
+        texts_with_other_labels=int((plain[2] != pipeline[2]).any(axis=1).sum()),
+        largest_logit_difference=float(np.abs(plain[1] - pipeline[1]).max()),
+        processor=common.processor(),
+    )
 
 
 if __name__ == "__main__":

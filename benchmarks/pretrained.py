@@ -9,19 +9,17 @@ runs have the same shape, vocabulary, data, seed and flags; the random weights a
 data/init_model.py.
 """
 
-import json
 import random
 import shutil
-import sys
 from pathlib import Path
 
+import common
+import init_model
 import numpy as np
 
-REPO = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(REPO), str(REPO / "data")]
-import init_model  # noqa: E402
+import utils
 
-import utils  # noqa: E402
+model = utils.LazyModule("model")
 
 # label: things in the training texts | things in the dev texts
 TOPICS = {
@@ -48,6 +46,7 @@ CLAUSES = (
     "he drew the {} or the {}",
     "no {} without {}",
 )
+FLAGS = "--warmup --warmup_steps 8 --max_grad_norm 1 --dropout 0".split()  # of train.py
 
 
 def parse_args(argv=None):
@@ -65,10 +64,10 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def make_texts(number, part, rng):
-    """`number` lines text<TAB>labels, each of one or two topics; part: 0 for train, 1 for dev."""
+def make_texts(count, part, rng):
+    """`count` lines text<TAB>labels, each of one or two topics; part: 0 for train, 1 for dev."""
     lines = []
-    for _ in range(number):
+    for _ in range(count):
         topics = rng.sample(sorted(TOPICS), rng.randint(1, 2))
         words = (rng.sample(TOPICS[topic].split("|")[part].split(), 2) for topic in topics)
         clauses = "; ".join(rng.choice(CLAUSES).format(*pair) for pair in words)
@@ -78,36 +77,28 @@ def make_texts(number, part, rng):
 
 def random_twin(source, target, seed):
     """A model folder like `source`, tokenizer included, with random weights."""
-    config = {"type_vocab_size": 2, "task_type_vocab_size": 1}  # if config.json lacks them
-    config.update(utils.read_json(source / utils.CONFIG_FILE))
-    weights = init_model.random_weights(config, np.random.default_rng(seed))
     with utils.atomic_folder(target) as folder:
         utils.copy_tokenizer(source, folder)
         shutil.copyfile(source / utils.CONFIG_FILE, folder / utils.CONFIG_FILE)
+        net = model.build_model(folder, len(TOPICS))
+        weights = init_model.random_weights(net, np.random.default_rng(seed))
         with open(folder / utils.WEIGHTS_FILE, "wb") as file:
-            bare = {name.removeprefix("ernie."): value for name, value in weights.items()}
-            utils.save_weights(file, bare)
+            model.save_weights(file, weights)
 
 
 def main(argv=None):
     args = parse_args(argv)
-    import train
-
     work, rng = Path(args.work_dir), random.Random(args.seed)
     content = {"train": make_texts(args.num_train, 0, rng), "dev": make_texts(args.num_dev, 1, rng)}
     content["label"] = list(TOPICS)
     files = {f"{name}.txt": "".join(f"{x}\n" for x in lines) for name, lines in content.items()}
     utils.write_files(work / "data", files)
+    names = ("epochs", "batch_size", "learning_rate", "seed", "device")
+    given = {name: getattr(args, name) for name in names}
     random_twin(Path(args.model_name), work / "random_model", args.seed)
     for name, folder in (("pretrained", args.model_name), ("random", work / "random_model")):
-        flags = ["--dataset_dir", work / "data", "--model_name", folder, "--save_dir", work / name]
-        for flag in ("epochs", "batch_size", "learning_rate", "seed", "device"):
-            flags += [f"--{flag}", getattr(args, flag)]
-        flags += ["--resume", "--warmup", "--warmup_steps", 8, "--max_grad_norm", 1, "--dropout", 0]
-        train.main([str(flag) for flag in flags])
-        last = (work / name / "train_log.jsonl").read_text(encoding="utf-8").splitlines()[-1]
-        figures = {key: round(100 * json.loads(last)[key], 2) for key in ("micro_f1", "macro_f1")}
-        print(json.dumps({"start": name, **figures}), flush=True)
+        figures = common.train(work / "data", work / name, *FLAGS, model_name=folder, **given)
+        common.print_row(start=name, **figures)
 
 
 if __name__ == "__main__":

@@ -9,20 +9,17 @@ Every client sends its next request when the last one is answered. --pid: the se
 process; its memory (with its children's) is read each second. Clients and server share the cores.
 """
 
+import contextlib
 import importlib
-import json
 import sys
 import threading
 import time
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor, wait
 
+import common
 import numpy as np
 
-REPO = Path(__file__).resolve().parent.parent
-DEPLOY = REPO / "deploy"
-sys.path[:0] = [str(DEPLOY / name) for name in ("predictor", "paddle_serving", "triton_serving")]
-sys.path.insert(0, str(REPO))
-import utils  # noqa: E402
+import utils
 
 CLIENTS = {"paddle_serving_http": "http_client", "paddle_serving_grpc": "rpc_client"}
 TRITON = {"triton_http": "http", "triton_grpc": "grpc"}
@@ -40,25 +37,22 @@ def parse_args(argv=None):
     add("--seconds", type=utils.at_least(1.0), default=60.0, help="how long")
     add("--pid", type=utils.at_least(1), help="process whose memory is watched")
     args = parser.parse_args(argv)
-    if (args.server == "in_process") != (args.model_path_prefix is not None):
-        raise utils.UserError("in_process needs --model_path_prefix, the servers --url")
+    needed = "model_path_prefix" if args.server == "in_process" else "url"
+    if getattr(args, needed) is None:
+        raise utils.UserError(f"--server {args.server} needs --{needed}")
     return args
 
 
 def memory(pid):
     """Megabytes of a process and all its descendants (resident, shared pages counted each time)."""
-    parents, pages = {}, {}
-    for entry in Path("/proc").iterdir():
-        try:
-            if entry.name.isdigit():
-                stat = (entry / "stat").read_text().rsplit(")", 1)[1].split()
-                parents[int(entry.name)], pages[int(entry.name)] = int(stat[1]), int(stat[21])
-        except OSError:  # it has just ended
-            pass
-    family = {pid}
-    while more := {p for p, parent in parents.items() if parent in family} - family:
-        family |= more
-    return sum(pages.get(p, 0) for p in family) * 4096 / 1e6
+    import psutil  # comes with visualdl
+
+    total = 0
+    with contextlib.suppress(psutil.NoSuchProcess):
+        server = psutil.Process(pid)
+        for process in [server, *server.children(recursive=True)]:
+            total += process.memory_info().rss
+    return total / 1e6
 
 
 def make_predict(args):
@@ -91,53 +85,49 @@ def main(argv=None):
     args = parse_args(argv)
     texts, predict = list(utils.read_texts(args.data_file)), make_predict(args)
     chunks = list(utils.chunks(texts, args.batch_size))
-    predict(chunks[0])
-    seconds, errors, lock = [], [], threading.Lock()
-    deadline = time.perf_counter() + args.seconds
+    try:
+        predict(chunks[0])
+    except Exception as error:  # every client has its own
+        raise utils.UserError(f"--server {args.server}: {error}") from error
+    seconds, counts, errors, megabytes = [], [], [], []
+    start = time.perf_counter()
 
-    def client(number):
-        turn = number
-        while time.perf_counter() < deadline:
-            chunk = chunks[turn % len(chunks)]
-            start = time.perf_counter()
+    def client(turn):
+        while time.perf_counter() < start + args.seconds:
+            chunk, sent = chunks[turn % len(chunks)], time.perf_counter()
             try:
                 predict(chunk)
             except Exception as error:  # counted and shown
-                with lock:
-                    errors.append(repr(error))
+                errors.append(repr(error))
                 continue
-            with lock:
-                seconds.append((time.perf_counter() - start, len(chunk)))
+            seconds.append(time.perf_counter() - sent)
+            counts.append(len(chunk))
             turn += args.clients
 
-    start = time.perf_counter()
-    threads = [threading.Thread(target=client, args=(i,)) for i in range(args.clients)]
-    for thread in threads:
-        thread.start()
-    megabytes = []
-    while any(thread.is_alive() for thread in threads):
-        if args.pid:
-            megabytes.append(memory(args.pid))
-        time.sleep(1)
-    for thread in threads:
-        thread.join()
-    total, times = time.perf_counter() - start, [1000 * s for s, _ in seconds]
+    with ThreadPoolExecutor(args.clients) as pool:
+        running = {pool.submit(client, i) for i in range(args.clients)}
+        while running:
+            if args.pid:
+                megabytes.append(memory(args.pid))
+            running = wait(running, timeout=1).not_done
+    total = time.perf_counter() - start
     row = {
         "server": args.server,
         "clients": args.clients,
         "batch_size": args.batch_size,
-        "requests": len(times),
+        "requests": len(seconds),
         "errors": len(errors),
-        "requests_per_second": round(len(times) / total, 1),
-        "texts_per_second": round(sum(count for _, count in seconds) / total, 1),
-        "p50_ms": round(float(np.percentile(times, 50)), 1) if times else None,
-        "p99_ms": round(float(np.percentile(times, 99)), 1) if times else None,
+        "requests_per_second": len(seconds) / total,
+        "texts_per_second": sum(counts) / total,
+        "p50_ms": 1000 * float(np.percentile(seconds, 50)) if seconds else None,
+        "p99_ms": 1000 * float(np.percentile(seconds, 99)) if seconds else None,
+        "processor": common.processor(),
     }
     if megabytes:
         # After the first quarter, when all buffers have been made.
         steady = megabytes[len(megabytes) // 4 :]
         row["megabytes_first_last_most"] = [round(steady[0]), round(steady[-1]), round(max(steady))]
-    print(json.dumps(row), flush=True)
+    common.print_row(**row)
     for error in sorted(set(errors))[:5]:
         print(error, file=sys.stderr)
 

@@ -11,22 +11,18 @@ A second classifier, TF-IDF with a linear SVM, is trained on the same files; wit
 the only one (`random` and `aug_*` need no model).
 """
 
-import json
+import shlex
 import statistics
-import sys
 from pathlib import Path
 
+import baseline
+import common
 import numpy as np
+import sparse
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "analysis")]
-import aug  # noqa: E402
-import sparse  # noqa: E402
-from label_noise import finetune, svm, write  # noqa: E402
+import utils
 
-import utils  # noqa: E402
-from utils import UserError  # noqa: E402
-
+aug = utils.LazyModule("aug")  # an import statement would be sorted before common's
 AUGMENTED = tuple(f"aug_{strategy}" for strategy in ("mix", *aug.STRATEGIES))
 KINDS = ("duplicate", *aug.STRATEGIES, "annotate", "random", *AUGMENTED)
 
@@ -35,9 +31,7 @@ def parse_args(argv=None):
     parser = utils.new_parser(__doc__)
     add = parser.add_argument
     add("--dataset_dir", required=True, help="folder with train, dev and label.txt")
-    add(
-        "--work_dir", default="sparse_support", help="for data and models; finished ones are reused"
-    )
+    add("--work_dir", default="sparse_support", help="for data and models; reused if finished")
     add("--num_train", type=utils.at_least(1), default=500, help="size of the part")
     add("--num", type=utils.at_least(1), default=100, help="--sparse_num and --support_num")
     add("--seeds", type=int, nargs="+", default=[1, 2, 3], help="seeds of the part")
@@ -45,86 +39,82 @@ def parse_args(argv=None):
     add("--svm_only", action="store_true", help="do not run train.py")
     add("--dict_dir", help="word lists of aug.py")
     add("--device", default="cpu", help="of train.py and sparse.py")
-    add("--train_args", default="", help="flags for train.py")
+    add("--train_args", type=shlex.split, default="", help="flags for train.py")
     return parser.parse_args(argv)
-
-
-def add_support(args, kind, folder, rest, labels):
-    """Writes train_<kind>.txt: the part of the training set with the support data after it."""
-    texts, label_ids = utils.read_examples(folder / "train.txt", labels)
-    if kind == "random":
-        more = rest[0][: args.num], rest[1][: args.num]
-    elif kind in AUGMENTED:
-        flags = ["--train_path", folder / "train.txt", "--aug_path", folder / f"{kind}.txt"]
-        flags += ["--aug_strategy", kind.removeprefix("aug_")]
-        flags += ["--dict_dir", args.dict_dir] if args.dict_dir else []
-        aug.main([str(flag) for flag in flags])
-        more = utils.read_examples(folder / f"{kind}.txt", labels)
-    else:
-        flags = ["--dataset_dir", folder, "--params_path", folder / "base", "--device", args.device]
-        flags += ["--sparse_num", args.num, "--support_num", args.num]
-        flags += ["--support_file", f"support_{kind}.txt"]
-        if kind == "annotate":
-            with utils.atomic_file(folder / "data.txt") as file:
-                file.writelines(text + "\n" for text in rest[0])
-            flags += ["--annotate"]
-        else:
-            flags += ["--aug_strategy", kind]
-            flags += ["--dict_dir", args.dict_dir] if args.dict_dir else []
-        sparse.main([str(flag) for flag in flags])
-        if kind == "annotate":
-            gold = dict(zip(*rest))
-            chosen = list(utils.read_texts(folder / f"support_{kind}.txt"))
-            more = chosen, [gold[text] for text in chosen]
-        else:
-            more = utils.read_examples(folder / f"support_{kind}.txt", labels)
-    write(folder / f"train_{kind}.txt", [*texts, *more[0]], [*label_ids, *more[1]], labels)
 
 
 def main(argv=None):
     args = parse_args(argv)
     if args.svm_only and not set(args.kinds) <= {"random", *AUGMENTED}:
-        raise UserError("--svm_only: only 'random' and 'aug_*' can do without a trained model")
-    figures = ("svm_micro_f1", "svm_macro_f1")
-    if not args.svm_only:
-        figures = ("micro_f1", "macro_f1", *figures)
-    data, work = Path(args.dataset_dir), Path(args.work_dir).resolve()
-    labels = utils.read_labels(data / "label.txt")
-    texts, label_ids = utils.read_examples(data / "train.txt", labels)
-    dev = utils.read_examples(data / "dev.txt", labels)
+        raise utils.UserError(
+            "--svm_only: only 'random' and 'aug_*' can do without a trained model"
+        )
+    labels, (texts, label_ids), dev = common.read_data(args.dataset_dir, "train.txt", "dev.txt")
     results = {kind: [] for kind in ("base", *args.kinds)}
     for seed in args.seeds:
-        folder = work / str(seed)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = Path(args.work_dir).resolve() / str(seed)
         order = np.random.default_rng(seed).permutation(len(texts))
-        part, rest = order[: args.num_train], order[args.num_train :]
-        known = {*dev[0], *(texts[i] for i in part)}
-        rest = [i for i in rest if texts[i] not in known]  # sparse.py takes none of these, too
-        write(folder / "train.txt", [texts[i] for i in part], [label_ids[i] for i in part], labels)
-        write(folder / "dev.txt", *dev, labels)
-        with utils.atomic_file(folder / "label.txt") as file:
-            file.writelines(label + "\n" for label in labels)
-        for kind in results:
-            train_file = "train.txt" if kind == "base" else f"train_{kind}.txt"
+        part = [(texts[i], label_ids[i]) for i in order[: args.num_train]]
+        known = {*dev[0], *(text for text, _ in part)}
+        # sparse.py takes none of the known texts, too.
+        rest = [(texts[i], label_ids[i]) for i in order[args.num_train :] if texts[i] not in known]
+        common.write_data(folder, args.dataset_dir, *zip(*part), labels)
+        for kind, rows in results.items():
+            train_file = "train.txt"
             if kind != "base":
-                examples = [texts[i] for i in rest], [label_ids[i] for i in rest]
-                add_support(args, kind, folder, examples, labels)
-            row = [] if args.svm_only else finetune(args, folder, train_file, folder / kind)
-            row += svm(folder, train_file, labels)
-            results[kind].append(row)
-            rounded = {name: round(value, 2) for name, value in zip(figures, row)}
-            print(json.dumps({"seed": seed, "train": kind, **rounded}), flush=True)
+                train_file = f"train_{kind}.txt"
+                examples = part + support(args, kind, folder, rest, labels)
+                common.write_examples(folder / train_file, *zip(*examples), labels)
+            rows.append(classify(args, folder, train_file, folder / kind))
+            common.print_row(seed=seed, train=kind, **rows[-1])
     for kind, rows in results.items():
         summary = {"train": kind, "seeds": args.seeds}
-        for name, values, base in zip(figures, zip(*rows), zip(*results["base"])):
-            gains = [value - other for value, other in zip(values, base)]
+        for name in rows[0]:
+            values = [row[name] for row in rows]
+            gains = [row[name] - base[name] for row, base in zip(rows, results["base"])]
             summary[name] = {
-                "mean": round(statistics.mean(values), 2),
-                "std": round(statistics.stdev(values), 2) if len(values) > 1 else None,
-                "gain": round(statistics.mean(gains), 2),
-                "gain_std": round(statistics.stdev(gains), 2) if len(gains) > 1 else None,
+                "mean": statistics.mean(values),
+                "std": deviation(values),
+                "gain": statistics.mean(gains),
+                "gain_std": deviation(gains),
             }
-        print(json.dumps(summary))
+        common.print_row(**summary)
+
+
+def support(args, kind, folder, rest, labels):
+    """(text, label ids) of what a kind of support adds to the training set in the folder."""
+    if kind == "random":
+        return rest[: args.num]
+    if kind in AUGMENTED:
+        path = folder / f"{kind}.txt"
+        flags = {"aug_strategy": kind.removeprefix("aug_"), "dict_dir": args.dict_dir}
+        aug.main(common.argv(train_path=folder / "train.txt", aug_path=path, **flags))
+        return list(zip(*utils.read_examples(path, labels)))
+    path = folder / f"support_{kind}.txt"
+    flags = {"dataset_dir": folder, "params_path": folder / "base", "device": args.device}
+    flags |= {"sparse_num": args.num, "support_num": args.num, "support_file": path.name}
+    if kind != "annotate":
+        sparse.main(common.argv(aug_strategy=kind, dict_dir=args.dict_dir, **flags))
+        return list(zip(*utils.read_examples(path, labels)))
+    with utils.atomic_file(folder / "data.txt") as file:
+        file.writelines(f"{text}\n" for text, _ in rest)
+    sparse.main(common.argv(annotate=True, **flags))
+    gold = dict(rest)
+    return [(text, gold[text]) for text in utils.read_texts(path)]
+
+
+def classify(args, folder, train_file, save_dir):
+    """F1s on dev, in percent, of both classifiers trained on a file of the folder."""
+    svm = common.f1_percent(baseline.evaluate(folder, train_file))
+    svm = {f"svm_{name}": value for name, value in svm.items()}
+    if args.svm_only:
+        return svm
+    flags = {"train_file": train_file, "device": args.device}
+    return {**common.train(folder, save_dir, *args.train_args, **flags), **svm}
+
+
+def deviation(values):
+    return statistics.stdev(values) if len(values) > 1 else None
 
 
 if __name__ == "__main__":

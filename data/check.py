@@ -3,7 +3,7 @@
     python data/check.py --dataset_dir data --output_dir check
 
 The report goes to stdout and, with --output_dir, to report.json and plots. The exit status is 2 if
-there are lines that train.py would refuse.
+train.py would reject a line.
 """
 
 import io
@@ -17,9 +17,10 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils  # noqa: E402
-from utils import UserError, logger  # noqa: E402
+from utils import UserError, at_least, logger  # noqa: E402
 
 SHOWN = 10  # groups of duplicates and pairs of labels in the text report; report.json has all
+SIZES = [64, 128, 256, 384, 512]  # sequence lengths, [CLS] and [SEP] included
 PLOTTED = 60  # labels in a plot, the most frequent ones
 LENGTHS = {
     "mean": np.mean,
@@ -40,12 +41,38 @@ def parse_args(argv=None):
     add("--label_file", default="label.txt", help="label names; the line number is the class id")
     add = parser.add_argument_group("lengths").add_argument
     add("--params_path", help="model folder to count tokens with; None: count characters + 2")
-    lengths = "sequence lengths, [CLS] and [SEP] included"
-    default = [64, 128, 256, 384, 512]
-    add("--max_seq_length", type=utils.at_least(3), nargs="+", default=default, help=lengths)
+    add("--max_seq_length", type=at_least(3), nargs="+", default=SIZES, help="lengths to try")
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", help="folder for report.json and plots; None: report on stdout only")
     return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    data = Path(args.dataset_dir)
+    paths = {"train": data / args.train_file, "dev": data / args.dev_file}
+    if args.test_file or (data / "test.txt").exists():
+        paths["test"] = data / (args.test_file or "test.txt")
+    tokenizer = utils.load_tokenizer(args.params_path) if args.params_path else None
+    label_path = data / args.label_file
+    labels = utils.read_labels(label_path)
+    scans = {name: utils.scan_examples(path, labels) for name, path in paths.items()}
+    lengths = {name: lengths_of(scan.texts, tokenizer) for name, scan in scans.items()}
+    report = make_report(labels, paths, scans, lengths, args)
+    if args.output_dir:
+        files = draw_plots(report, lengths, args.max_seq_length)
+        files["report.json"] = json.dumps(report, ensure_ascii=False, indent=2) + "\n"
+        output = Path(args.output_dir)
+        if output.is_dir():  # no input is in a folder that does not exist
+            utils.check_outputs([output / name for name in files], [*paths.values(), label_path])
+        utils.write_files(output, files)
+        logger.info("Report and plots saved in %s", args.output_dir)
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not know the characters
+    print("\n".join(text_report(report)), flush=True)
+    problems = sum(len(scan.problems) for scan in scans.values())
+    if problems:
+        reason = f"{problems} problem(s), listed at the end of the report"
+        raise UserError(f"train.py rejects this data: {reason}")
 
 
 # ----------------------------------------------------------------------------------------- facts
@@ -56,11 +83,11 @@ def lengths_of(texts, tokenizer):
     return np.array([len(ids) for ids in utils.encode(texts, tokenizer, sys.maxsize)[0]])
 
 
-def places(scan):
-    """{text: [(line, its set of class ids)]}"""
+def lines_by_text(scan):
+    """{text: {line: its set of class ids}}"""
     found = {}
-    for text, ids, number in zip(scan.texts, scan.label_ids, scan.numbers):
-        found.setdefault(text, []).append((number, frozenset(ids)))
+    for text, ids, line in zip(scan.texts, scan.label_ids, scan.lines):
+        found.setdefault(text, {})[line] = frozenset(ids)
     return found
 
 
@@ -72,17 +99,13 @@ def describe(path, scan, lengths, max_seq_lengths):
         "samples": len(scan.texts),
         "blank_lines": scan.blank,
         "malformed": scan.problems,
-        "empty_texts": [n for text, n in zip(scan.texts, scan.numbers) if not text],
+        "empty_texts": [line for text, line in zip(scan.texts, scan.lines) if not text],
         "unlabelled": sizes[0],
         "labels_per_sample": {str(size): sizes[size] for size in sorted(sizes)},
         "duplicates": [
-            {
-                "lines": [number for number, _ in where],
-                "same_labels": len({ids for _, ids in where}) == 1,
-                "text": text,
-            }
-            for text, where in places(scan).items()
-            if len(where) > 1
+            {"lines": list(lines), "same_labels": len(set(lines.values())) == 1, "text": text}
+            for text, lines in lines_by_text(scan).items()
+            if len(lines) > 1
         ],
         "length": {name: float(of(lengths)) for name, of in LENGTHS.items() if len(lengths)},
         "longer_than": {str(size): int((lengths > size).sum()) for size in max_seq_lengths},
@@ -90,17 +113,17 @@ def describe(path, scan, lengths, max_seq_lengths):
 
 
 def shared_texts(train, other):
-    """The texts of `other` that stand in `train` too."""
-    seen = places(train)
+    """The texts of `other` that are also in `train`."""
+    in_train = lines_by_text(train)
     return [
         {
-            "train_lines": [number for number, _ in seen[text]],
-            "lines": [number for number, _ in where],
-            "same_labels": len({ids for _, ids in seen[text] + where}) == 1,
+            "train_lines": list(in_train[text]),
+            "lines": list(lines),
+            "same_labels": len({*in_train[text].values(), *lines.values()}) == 1,
             "text": text,
         }
-        for text, where in places(other).items()
-        if text in seen
+        for text, lines in lines_by_text(other).items()
+        if text in in_train
     ]
 
 
@@ -120,7 +143,7 @@ def make_report(labels, paths, scans, lengths, args):
         ],
         "absent": {n: [label for i, label in enumerate(labels) if not counts[n][i]] for n in scans},
         "shared_with_train": {
-            name: shared_texts(scans["train"], scans[name]) for name in list(scans)[1:]
+            name: shared_texts(scans["train"], scans[name]) for name in scans if name != "train"
         },
         "co_occurrence": [
             {"ids": list(pair), "labels": [labels[i] for i in pair], "train": count}
@@ -134,25 +157,22 @@ def share(count, total):
     return f"{count} ({100 * count / max(total, 1):.1f}%)"
 
 
-def some(groups, line):
-    """`line` of the first groups, each on a line of its own."""
-    lines = [f"    {line(group)}" for group in groups[:SHOWN]]
-    if len(groups) > SHOWN:
-        lines.append(f"    ... and {len(groups) - SHOWN} more")
-    return lines
+def commas(items):
+    return ", ".join(map(str, items))
 
 
-def numbers(lines):
-    return ", ".join(map(str, lines))
+def shown(lines):
+    """The first lines, indented."""
+    more = [f"... and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
+    return [f"    {line}" for line in [*lines[:SHOWN], *more]]
 
 
-def repeated(groups):
-    """How many texts, and how many of them are labelled in more than one way."""
-    return f"{len(groups)} ({sum(not g['same_labels'] for g in groups)} with unlike labels)"
-
-
-def mark(group):
-    return "" if group["same_labels"] else " (unlike labels)"
+def repeated(title, groups, where):
+    """How many texts are repeated, and the first of them; where(group): their lines as a str."""
+    conflicting = sum(not group["same_labels"] for group in groups)
+    marks = {True: "", False: " (conflicting labels)"}
+    lines = [where(group) + marks[group["same_labels"]] for group in groups]
+    return [f"{title}: {len(groups)} ({conflicting} with conflicting labels)", *shown(lines)]
 
 
 def text_report(report):
@@ -161,29 +181,26 @@ def text_report(report):
     for name, facts in report["files"].items():
         total, sizes = facts["samples"], facts["labels_per_sample"]
         mean = sum(int(size) * count for size, count in sizes.items()) / max(total, 1)
-        groups = facts["duplicates"]
+        lengths = [f"{k} {value:.1f}".removesuffix(".0") for k, value in facts["length"].items()]
+        cut = [f"{size}: {share(count, total)}" for size, count in facts["longer_than"].items()]
+        sizes = commas(f"{size}: {count}" for size, count in sizes.items())
         lines += [
             f"{name}: {total} samples in {facts['path']}",
             f"  malformed lines: {len(facts['malformed'])}, blank lines: {facts['blank_lines']}",
             f"  empty texts: {len(facts['empty_texts'])}",
-            *some(facts["empty_texts"], lambda line: f"line {line}"),
+            *shown([f"line {line}" for line in facts["empty_texts"]]),
             f"  samples without labels: {share(facts['unlabelled'], total)}",
-            f"  samples by number of labels: {numbers(f'{k}: {n}' for k, n in sizes.items())}"
-            f" (mean {mean:.3f})",
-            f"  length in {report['length_unit']}: "
-            + numbers(
-                f"{key} {value:.1f}".removesuffix(".0") for key, value in facts["length"].items()
-            ),
-            "  cut at max_seq_length: "
-            + numbers(f"{k}: {share(n, total)}" for k, n in facts["longer_than"].items()),
-            f"  texts that stand there more than once: {repeated(groups)}",
-            *some(groups, lambda g: f"lines {numbers(g['lines'])}{mark(g)}"),
+            f"  samples by number of labels: {sizes} (mean {mean:.3f})",
+            f"  length in {report['length_unit']}: {commas(lengths)}",
+            f"  cut at max_seq_length: {commas(cut)}",
         ]
+        duplicates = facts["duplicates"]
+        lines += repeated("  duplicate texts", duplicates, lambda g: f"lines {commas(g['lines'])}")
     for name, groups in report["shared_with_train"].items():
-        lines.append(f"texts of {name} that stand in train too: {repeated(groups)}")
-        lines += some(
+        lines += repeated(
+            f"texts of {name} that are also in train",
             groups,
-            lambda g: f"{name} {numbers(g['lines'])} = train {numbers(g['train_lines'])}{mark(g)}",
+            lambda g: f"{name} {commas(g['lines'])} = train {commas(g['train_lines'])}",
         )
     totals = {name: facts["samples"] for name, facts in report["files"].items()}
     lines.append(f"{'id':>4}" + "".join(f"{name:>16}" for name in totals) + "  label")
@@ -191,9 +208,9 @@ def text_report(report):
         cells = "".join(f"{share(row[name], total):>16}" for name, total in totals.items())
         lines.append(f"{row['id']:>4}{cells}  {row['label']}")
     for name, absent in report["absent"].items():
-        lines.append(f"labels that {name} lacks: {numbers(absent) or 'none'}")
-    lines.append("labels that occur together in train:")
-    lines += some(report["co_occurrence"], lambda p: f"{p['train']}: {' + '.join(p['labels'])}")
+        lines.append(f"labels missing from {name}: {commas(absent) or 'none'}")
+    pairs = [f"{pair['train']}: {' + '.join(pair['labels'])}" for pair in report["co_occurrence"]]
+    lines += ["labels that occur together in train:", *shown(pairs)]
     for facts in report["files"].values():
         lines += facts["malformed"]
     return lines
@@ -244,7 +261,8 @@ def plot_labels(figure, report, rows, font):
 def plot_samples(figure, report, lengths, max_seq_lengths):
     figure.set_size_inches(11, 4)
     left, right = figure.subplots(1, 2)
-    highest = max(int(k) for facts in report["files"].values() for k in facts["labels_per_sample"])
+    counts = [int(k) for facts in report["files"].values() for k in facts["labels_per_sample"]]
+    highest = max(counts, default=0)
     bins = np.linspace(0, max(values.max(initial=1) for values in lengths.values()), 61)
     for name, facts in report["files"].items():
         total, sizes = max(facts["samples"], 1), facts["labels_per_sample"]
@@ -261,10 +279,10 @@ def plot_samples(figure, report, lengths, max_seq_lengths):
 
 
 def plot_co_occurrence(figure, report, rows, font):
-    place = {row["id"]: n for n, row in enumerate(rows)}
+    index = {row["id"]: n for n, row in enumerate(rows)}
     shares = np.zeros((len(rows), len(rows)))
     for pair in report["co_occurrence"]:
-        a, b = (place.get(i) for i in pair["ids"])
+        a, b = (index.get(i) for i in pair["ids"])
         if a is not None and b is not None:
             shares[a, b] = shares[b, a] = pair["train"]
     shares *= 100 / np.maximum([[row["train"]] for row in rows], 1)
@@ -286,41 +304,16 @@ def draw_plots(report, lengths, max_seq_lengths):
     font = find_font("lp 0123456789" + "".join(row["label"] for row in rows))
     if font is None:
         logger.warning("No installed font has all label names; the plots show class ids instead")
-    plots = {
-        "labels.png": (plot_labels, rows, font),
-        "samples.png": (plot_samples, lengths, max_seq_lengths),
-        "co_occurrence.png": (plot_co_occurrence, rows, font),
-    }
+    figures = {name: Figure(layout="tight") for name in ("labels", "samples", "co_occurrence")}
+    plot_labels(figures["labels"], report, rows, font)
+    plot_samples(figures["samples"], report, lengths, max_seq_lengths)
+    plot_co_occurrence(figures["co_occurrence"], report, rows, font)
     files = {}
-    for name, (plot, *arguments) in plots.items():
-        figure, content = Figure(layout="tight"), io.BytesIO()
-        plot(figure, report, *arguments)
+    for name, figure in figures.items():
+        content = io.BytesIO()
         figure.savefig(content, format="png")
-        files[name] = content.getvalue()
+        files[f"{name}.png"] = content.getvalue()
     return files
-
-
-def main(argv=None):
-    args = parse_args(argv)
-    data = Path(args.dataset_dir)
-    paths = {"train": data / args.train_file, "dev": data / args.dev_file}
-    if args.test_file or (data / "test.txt").exists():
-        paths["test"] = data / (args.test_file or "test.txt")
-    tokenizer = utils.load_tokenizer(args.params_path) if args.params_path else None
-    labels = utils.read_labels(data / args.label_file)
-    scans = {name: utils.scan_examples(path, labels) for name, path in paths.items()}
-    lengths = {name: lengths_of(scan.texts, tokenizer) for name, scan in scans.items()}
-    report = make_report(labels, paths, scans, lengths, args)
-    if args.output_dir:
-        files = draw_plots(report, lengths, args.max_seq_length)
-        files["report.json"] = json.dumps(report, ensure_ascii=False, indent=2) + "\n"
-        utils.write_files(args.output_dir, files)
-        logger.info("Report and plots saved in %s", args.output_dir)
-    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not know the characters
-    print("\n".join(text_report(report)), flush=True)
-    bad = sum(len(scan.problems) for scan in scans.values())
-    if bad:
-        raise UserError(f"{bad} faults that train.py refuses, listed at the end of the report")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils  # noqa: E402
-from utils import UserError, logger  # noqa: E402
+from utils import UserError, at_least, logger  # noqa: E402
 
 TEXT_FIELDS = ("data", "text")
 LABEL_FIELDS = ("label", "labels", "choice", "choices")
@@ -42,27 +42,22 @@ def parse_args(argv=None):
     parser = utils.new_parser(__doc__)
     add = parser.add_argument_group("export").add_argument
     add("--doccano_file", default="doccano.jsonl", help="export of doccano or Label Studio")
-    add("--task_type", default="multi_label", help="only multi_label is supported")
+    add("--task_type", choices=["multi_label"], default="multi_label", help="the only one so far")
     add("--text_field", help="field of the text; None: data, text or the only one it can be")
     add("--label_field", help="field of the labels; None: label(s), choice(s) or what has choices")
     group = parser.add_argument_group("output")
     add = group.add_argument
     add("--save_dir", default="./data", help="folder of the files; made if it is missing")
-    shares = "shares of train, dev and test; their sum is 1"
-    add("--splits", type=utils.at_least(0.0), nargs="+", default=[0.8, 0.2], help=shares)
-    shuffle = "True: random order and stratified splits; False: cut the export in its own order"
-    add("--is_shuffle", type=boolean, default=True, help=shuffle)
-    add("--seed", type=utils.at_least(0), default=3, help="seed of order and splits")
+    add("--splits", type=at_least(0.0), nargs="+", default=[0.8, 0.2], help="shares, together 1")
+    add("--is_shuffle", type=boolean, default=True, help="shuffle and stratify, or cut in order")
+    add("--seed", type=at_least(0), default=3, help="seed of order and splits")
     add("--label_file", help="keep the class ids of this file; a label that it lacks is an error")
     add("--skip_unlabeled", action="store_true", help="leave out samples without labels")
     add("--overwrite", action="store_true", help="replace files that exist")
     add = group.add_mutually_exclusive_group().add_argument
     add("--valid", action="store_true", help="write valid.txt only; needs --splits 1")
-    dirty = "drop the old label behind the text's tab; write train_dirty.txt only; needs --splits 1"
-    add("--dirty", action="store_true", help=dirty)
+    add("--dirty", action="store_true", help="write train_dirty.txt only; needs --splits 1")
     args = parser.parse_args(argv)
-    if args.task_type != "multi_label":
-        raise UserError(f"--task_type {args.task_type}: only multi_label is supported")
     if len(args.splits) > 3:
         raise UserError("--splits: give 1, 2 or 3 shares")
     args.splits = [Fraction(str(share)) for share in args.splits]  # 0.7, 0.2 and 0.1 make 1
@@ -73,37 +68,78 @@ def parse_args(argv=None):
     return args
 
 
+def main(argv=None):
+    args, start = parse_args(argv), time.time()
+    folder = Path(args.save_dir)
+    if args.valid or args.dirty:
+        names = targets = ["valid.txt" if args.valid else "train_dirty.txt"]
+    else:
+        names = ["train.txt", "dev.txt", "test.txt"][: len(args.splits)]
+        targets = [*names, "data.txt", "label.txt"]
+    known = utils.read_labels(args.label_file) if args.label_file else None
+    label_path = folder / "label.txt"
+    if known and "label.txt" in targets and label_path.is_file():
+        if utils.read_labels(label_path) == known:  # nothing would change
+            targets.remove("label.txt")
+    existing = [str(folder / name) for name in targets if os.path.lexists(folder / name)]
+    if existing and not args.overwrite:
+        raise UserError(f"{', '.join(existing)}: exists; add --overwrite to replace it")
+    utils.check_outputs(existing, filter(None, [args.doccano_file, args.label_file]))
+
+    samples = read_samples(args, known)
+    labels = known or sorted({name for _, names in samples for name in names})
+    parts = split(samples, labels, args)
+    contents = {"data.txt": [text for text, _ in parts[-1]], "label.txt": labels}
+    for name, part in zip(names, parts):
+        contents[name] = [f"{text}\t{','.join(given)}" for text, given in part]
+    utils.write_files(folder, {n: "".join(f"{x}\n" for x in contents[n]) for n in targets})
+    for name in targets:
+        what = "labels" if name == "label.txt" else "examples"
+        logger.info(f"Save %d {what} to %s.", len(contents[name]), folder / name)
+    if len(parts) > 1:
+        message = "Label shares of splits and whole differ by at most %.2f percentage points."
+        logger.info(message, 100 * share_gap(samples, parts))
+    if "test.txt" not in targets and "data.txt" in targets and (folder / "test.txt").exists():
+        logger.warning("%s is of an earlier run; remove it", folder / "test.txt")
+    logger.info("Finished! It takes %.2f seconds", time.time() - start)
+
+
 # ------------------------------------------------------------------------------------ the export
 def read_records(path):
     """[(where, JSON value)] of a file of JSON lines or of one JSON array."""
     with utils.open_binary(path) as file:
-        start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
-        if start.startswith(b"PK\x03\x04"):
-            raise UserError(f"{path}: a zip archive; unpack it and give the file inside")
-        if start.startswith(b"["):
-            file.seek(0)
-            return read_array(path, file.read())
-    lines, records = utils.Lines(path), []
-    for line in lines:
+        content = file.read()
+    if content.startswith(b"PK\x03\x04"):
+        raise UserError(f"{path}: a zip archive; unpack it and give the file inside")
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        n, byte = content.count(b"\n", 0, error.start) + 1, content[error.start]
+        message = f"{path}:{n}: not valid UTF-8 (byte 0x{byte:02x}); save the file as UTF-8"
+        raise UserError(message) from error
+    if text.lstrip().startswith("["):
+        return read_array(path, text)
+    records, problems = [], []
+    for n, line in enumerate(text.split("\n"), 1):  # splitlines() would cut at U+2028, too
         try:
             if line.strip():
-                records.append((f"{path}:{lines.number}", json.loads(line)))
+                records.append((f"{path}:{n}", json.loads(line)))
         except (ValueError, RecursionError):
-            lines.bad("not JSON; export JSONL from doccano or JSON from Label Studio")
-    lines.check()
+            hint = "export JSONL from doccano or JSON from Label Studio"
+            problems.append(f"{path}:{n}: not JSON; {hint}")
+    utils.check_problems(problems)
     return records
 
 
-def read_array(path, content):
+def read_array(path, text):
     try:
-        records = json.loads(content.decode("utf-8-sig"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: not JSON ({error.msg}); export again") from error
+        records = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON in UTF-8 ({error}); export again") from error
+        n, reason = getattr(error, "lineno", 1), getattr(error, "msg", error)
+        raise UserError(f"{path}:{n}: not JSON ({reason}); export again") from error
     ids = [record.get("id") if isinstance(record, dict) else None for record in records]
     where = [f"record {n}" if i is None else f"task {i}" for n, i in enumerate(ids, 1)]
-    return [(f"{path}: {place}", record) for place, record in zip(where, records)]
+    return [(f"{path}: {name}", record) for name, record in zip(where, records)]
 
 
 def as_list(value):
@@ -205,7 +241,7 @@ def read_samples(args, known):
                 value = next((answer[name] for name in label_fields if name in answer), None)
                 given.append(clean_labels(value, known))
         except UnicodeEncodeError:
-            problems.append(f"{where}: half a surrogate pair is no character; mend the record")
+            problems.append(f"{where}: invalid Unicode (lone surrogate); correct the record")
         except ValueError as error:
             problems.append(f"{where}: {error}")
         else:
@@ -213,7 +249,7 @@ def read_samples(args, known):
             changed += re.search(r"[\t\r\n]", raw.strip()) is not None
     utils.check_problems(problems)
     if args.dirty and not tabs:
-        raise UserError(f"{path}: no text has a tab and an old label behind it; leave out --dirty")
+        raise UserError(f"{path}: no text has a tab and an old label after it; leave out --dirty")
     settled = [(text, majority(given), given) for (_, text), given in votes.items() if given]
     # Where the annotators agree on nothing, nobody has said that there is no label.
     samples = [(text, names) for text, names, given in settled if names or not any(given)]
@@ -225,7 +261,7 @@ def read_samples(args, known):
     if len(settled) < len(votes):
         logger.info("Left out %d tasks without annotation.", len(votes) - len(settled))
     if several := [set(map(frozenset, given)) for given in votes.values() if len(given) > 1]:
-        message = "%d texts have several annotators, %d with unlike labels: the majority decides."
+        message = "%d texts have several annotators, %d of them conflict: the majority decides."
         logger.info(message, len(several), sum(len(answers) > 1 for answers in several))
     if changed and not args.dirty:
         logger.warning("Tabs or line breaks in %d texts became spaces.", changed)
@@ -237,7 +273,7 @@ def read_samples(args, known):
 
 # ------------------------------------------------------------------------------------- the split
 def stratify(groups, label_ids, num_labels, sizes, rng):
-    """The number of the split for each group of samples that must stay together.
+    """The index of the split for each group of samples that must stay together.
 
     Iterative stratification: Sechidis, Tsoumakas, Vlahavas, "On the Stratification of Multi-Label
     Data", ECML PKDD 2011, algorithm 1. It serves the rarest label first and gives a sample to the
@@ -270,12 +306,14 @@ def stratify(groups, label_ids, num_labels, sizes, rng):
 
 def share_gap(samples, parts):
     """The largest difference between a label's share of a part and its share of all samples."""
-    counts = [Counter(x for _, names in part for x in names) for part in (samples, *parts)]
-    shares = [
-        [count[x] / max(len(part), 1) for x in counts[0]]
-        for count, part in zip(counts, (samples, *parts))
-    ]
-    return float(abs(np.array(shares) - shares[0]).max())
+
+    def shares(part):
+        counts = Counter(name for _, given in part for name in given)
+        return np.array([counts[name] for name in names]) / max(len(part), 1)
+
+    names = {name for _, given in samples for name in given}
+    whole = shares(samples)
+    return max(float(abs(shares(part) - whole).max()) for part in parts)
 
 
 def split(samples, labels, args):
@@ -287,9 +325,9 @@ def split(samples, labels, args):
         by_text.setdefault(text, []).append(i)
     groups = list(by_text.values())
     if repeated := [group for group in groups if len(group) > 1]:
-        unlike = sum(len({frozenset(label_ids[i]) for i in group}) > 1 for group in repeated)
-        message = "%d texts occur more than once, %d with unlike labels; each is in one split only"
-        logger.warning(message, len(repeated), unlike)
+        conflicting = sum(len({frozenset(label_ids[i]) for i in group}) > 1 for group in repeated)
+        message = "%d duplicate texts, %d with conflicting labels; each is in one split only"
+        logger.warning(message, len(repeated), conflicting)
     ends = [int(len(samples) * share) for share in accumulate(args.splits)]
     sizes = np.diff([0, *ends]).tolist()
 
@@ -308,40 +346,6 @@ def split(samples, labels, args):
     if not all(parts):
         raise UserError(f"--splits: {len(samples)} samples are too few for {len(sizes)} splits")
     return parts
-
-
-# ------------------------------------------------------------------------------------- the files
-def main(argv=None):
-    args, start = parse_args(argv), time.time()
-    folder, label_path = Path(args.save_dir), Path(args.save_dir) / "label.txt"
-    names = ["train.txt", "dev.txt", "test.txt"][: len(args.splits)]
-    names = ["valid.txt"] if args.valid else ["train_dirty.txt"] if args.dirty else names
-    whole = not (args.valid or args.dirty)  # a data set, not a part of one
-    known = utils.read_labels(args.label_file) if args.label_file else None
-    targets = [*names, "data.txt", "label.txt"] if whole else names
-    if known and not args.overwrite and "label.txt" in targets and label_path.is_file():
-        if utils.read_labels(label_path) == known:  # nothing would change
-            targets.remove("label.txt")
-    existing = [str(folder / name) for name in targets if os.path.lexists(folder / name)]
-    if existing and not args.overwrite:
-        raise UserError(f"{', '.join(existing)}: exists; add --overwrite to replace it")
-
-    samples = read_samples(args, known)
-    labels = known or sorted({name for _, names in samples for name in names})
-    parts = split(samples, labels, args)
-    contents = {"data.txt": [text for text, _ in parts[-1]], "label.txt": labels}
-    for name, part in zip(names, parts):
-        contents[name] = [f"{text}\t{','.join(given)}" for text, given in part]
-    utils.write_files(folder, {n: "".join(f"{x}\n" for x in contents[n]) for n in targets})
-    for name in targets:
-        what = "labels" if name == "label.txt" else "examples"
-        logger.info(f"Save %d {what} to %s.", len(contents[name]), folder / name)
-    if len(parts) > 1:
-        message = "Label shares of splits and whole differ by at most %.2f percentage points."
-        logger.info(message, 100 * share_gap(samples, parts))
-    if whole and len(parts) < 3 and (folder / "test.txt").exists():
-        logger.warning("%s is of an earlier run; remove it", folder / "test.txt")
-    logger.info("Finished! It takes %.2f seconds", time.time() - start)
 
 
 if __name__ == "__main__":

@@ -154,8 +154,9 @@ def test_seed(run):
 
 
 def test_same_file_in_another_process(run, hard_data, word_lists, tmp_path):
-    expected = run()[2]
+    expected = run("--aug_strategy", "mix")[2]
     command = [sys.executable, REPO / "analysis" / "aug.py", "--dict_dir", word_lists]
+    command += ["--aug_strategy", "mix"]
     command += ["--train_path", hard_data / "train.txt", "--aug_path", tmp_path / "other"]
     environment = {**os.environ, "PYTHONHASHSEED": "1"}
     subprocess.run(command, env=environment, check=True, capture_output=True)
@@ -178,8 +179,8 @@ def no_network(monkeypatch, tmp_path):
     def fail(*_):
         raise RuntimeError("no network")
 
-    monkeypatch.setattr(aug, "get_path_from_url", fail)
-    monkeypatch.setattr(aug, "DATA_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("paddle.utils.download.get_path_from_url", fail)
+    monkeypatch.setattr("paddlenlp.utils.env.DATA_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 
@@ -205,8 +206,8 @@ def test_downloaded_once(monkeypatch, tmp_path, word_lists):
         Path(folder).mkdir(parents=True, exist_ok=True)
         return shutil.copy(word_lists / url.rsplit("/", 1)[1], folder)
 
-    monkeypatch.setattr(aug, "get_path_from_url", download)
-    monkeypatch.setattr(aug, "DATA_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("paddle.utils.download.get_path_from_url", download)
+    monkeypatch.setattr("paddlenlp.utils.env.DATA_HOME", str(tmp_path / "cache"))
     for strategy in aug.STRATEGIES:
         aug.make_augmenter(strategy, 0.1)
     assert len(calls) == len(set(calls)) == 3
@@ -226,7 +227,7 @@ def test_faults(run, tmp_path, word_lists, hard_data):
         (run(dict_dir=broken), f"{broken / 'word_synonym.json'}: not valid JSON"),
         (run(dict_dir=empty), f"{empty / 'word_synonym.json'}: '离婚' has no list of words"),
         (run(dict_dir=vocab), f"{vocab / VOCAB}: cannot be loaded (JSONDecodeError"),
-        (run("--aug_path", hard_data / "train.txt"), "train.txt, which is read, too; give the"),
+        (run("--aug_path", hard_data / "train.txt"), "train.txt: it is an input of this command"),
         (run(train=tmp_path / "short.txt"), "short.txt: no text could be augmented; nothing was"),
         (run(train=tmp_path / "bad.txt"), "bad.txt:1: unknown label '未知'"),
         (run(train=tmp_path / "none.txt"), "none.txt: No such file"),
@@ -237,6 +238,55 @@ def test_faults(run, tmp_path, word_lists, hard_data):
     for (status, error, rows), message in faults:
         assert status == 2 and rows is None and message in error, error
         assert "Traceback" not in error
+
+
+def test_inputs_are_not_replaced(run, hard_data, word_lists, tmp_path, run_cli):
+    lists = shutil.copytree(word_lists, tmp_path / "lists")
+    for path in (lists / "stopwords.txt", lists / VOCAB, hard_data / "label.txt"):
+        before = path.read_bytes()
+        status, error, _ = run("--aug_path", path, "--aug_strategy", "delete", dict_dir=lists)
+        assert status == 2 and f"cannot write {path}: it is an input of this command" in error
+        assert path.read_bytes() == before
+    (lists / "stopwords.txt").write_text("Aa01A01= 债务 欠款\n", "utf-8")
+    before = {path.name: path.read_bytes() for path in lists.iterdir()}
+    flags = ["--synonym_file", lists / "stopwords.txt", "--output_dir", lists]
+    status, error = run_cli(word_lists_script.main, flags)
+    assert status == 2 and "stopwords.txt: it is an input of this command" in error
+    assert {path.name: path.read_bytes() for path in lists.iterdir()} == before
+
+
+def test_lines_end_at_a_line_feed_alone(run, hard_data, tmp_path):
+    text = "原告与被告感情不和，\u2028请求法院\x85判决\r离婚。"
+    (tmp_path / "t.txt").write_bytes(f"{text}\t准予离婚\r\n{text}婚后分居。\t\r\n".encode())
+    status, error, _ = run(train=tmp_path / "t.txt")
+    assert status == 0 and "4 augmented texts of 2" in error
+    _, ids = utils.read_examples(tmp_path / "aug.txt", utils.read_labels(hard_data / "label.txt"))
+    assert [len(i) for i in ids] == [1, 1, 0, 0]
+
+
+def test_help_waits_for_no_large_package():
+    """Each script answers where Paddle, TrustAI, scikit-learn, jieba, Matplotlib are not loaded."""
+    code = """import os, runpy, sys
+names = "paddle paddlenlp trustai sklearn jieba matplotlib".split()
+sys.modules.update(dict.fromkeys(names))  # None: cannot be imported
+for path in sys.argv[1:]:
+    sys.argv = [path, "--help"]
+    sys.path.insert(0, os.path.dirname(path))
+    try:
+        runpy.run_path(path, run_name="__main__")
+    except SystemExit as stop:
+        assert stop.code == 0, path
+"""
+    scripts = [
+        REPO / "analysis" / f"{name}.py" for name in ("aug", "dirty", "sparse", "word_lists")
+    ]
+    scripts.append(REPO / "analysis" / "sent_interpret.py")
+    scripts += [
+        REPO / "data" / f"{n}.py" for n in ("check", "doccano", "init_model", "make_sample")
+    ]
+    command = [sys.executable, "-c", code, *scripts]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0 and run.stdout.count("usage: ") == 9, run.stderr
 
 
 def test_word_lists(tmp_path, run_cli):

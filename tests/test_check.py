@@ -38,6 +38,14 @@ def folder(tmp_path):
     return path
 
 
+def pipe_with(content):
+    """The path of a pipe that gives the content (up to 64 KiB) once."""
+    reader, writer = os.pipe()
+    os.write(writer, content.encode())
+    os.close(writer)
+    return f"/dev/fd/{reader}"
+
+
 @pytest.fixture
 def run(tmp_path, capfd):
     """run(folder, *flags) returns (exit status, stdout, stderr, report.json)."""
@@ -72,8 +80,8 @@ train: 6 samples in {folder / "train.txt"}
   samples by number of labels: 0: 1, 1: 2, 2: 2, 3: 1 (mean 1.500)
   length in characters + 2: mean 4.7, median 4.5, p95 6, p99 6, max 6
   cut at max_seq_length: 4: 3 (50.0%), 5: 2 (33.3%)
-  texts that stand there more than once: 2 (1 with unlike labels)
-    lines 1, 4 (unlike labels)
+  duplicate texts: 2 (1 with conflicting labels)
+    lines 1, 4 (conflicting labels)
     lines 2, 5
 dev: 3 samples in {folder / "dev.txt"}
   malformed lines: 0, blank lines: 0
@@ -82,16 +90,16 @@ dev: 3 samples in {folder / "dev.txt"}
   samples by number of labels: 1: 2, 2: 1 (mean 1.333)
   length in characters + 2: mean 3.7, median 4, p95 4, p99 4, max 4
   cut at max_seq_length: 4: 0 (0.0%), 5: 0 (0.0%)
-  texts that stand there more than once: 0 (0 with unlike labels)
-texts of dev that stand in train too: 2 (1 with unlike labels)
+  duplicate texts: 0 (0 with conflicting labels)
+texts of dev that are also in train: 2 (1 with conflicting labels)
     dev 1 = train 2, 5
-    dev 2 = train 6 (unlike labels)
+    dev 2 = train 6 (conflicting labels)
   id           train             dev  label
    0       4 (66.7%)       2 (66.7%)  离婚
    1       4 (66.7%)       2 (66.7%)  财产
    2       1 (16.7%)        0 (0.0%)  债务
-labels that train lacks: none
-labels that dev lacks: 债务
+labels missing from train: none
+labels missing from dev: 债务
 labels that occur together in train:
     3: 离婚 + 财产
     1: 离婚 + 债务
@@ -148,7 +156,7 @@ def test_test_set_is_read_where_there_is_one(run, folder):
     status, out, _, report = run(folder)
     assert status == 0 and report["files"]["test"]["samples"] == 2
     assert [group["lines"] for group in report["shared_with_train"]["test"]] == [[1]]
-    assert "labels that test lacks: 离婚, 财产\n" in out
+    assert "labels missing from test: 离婚, 财产\n" in out
     (folder / "test.txt").rename(folder / "other.txt")
     assert run(folder, "--test_file", "other.txt")[3]["files"]["test"]["samples"] == 2
 
@@ -164,10 +172,8 @@ def test_all_faults_are_listed_and_the_report_is_given(run, folder, tmp_path, co
         file.write("没有制表符\n")
     status, out, error, report = run(folder)
     assert status == 2
-    last = error.splitlines()[-1]
-    assert last == (
-        f"error: {count + 1} faults that train.py refuses, listed at the end of the report"
-    )
+    reason = f"{count + 1} problem(s), listed at the end of the report"
+    assert error.splitlines()[-1] == f"error: train.py rejects this data: {reason}"
     lines = out.splitlines()[-count - 1 :]
     number = [int(line.split(":")[1]) for line in lines]
     assert number == [*range(8, 8 + count), 4]
@@ -184,9 +190,40 @@ def test_all_faults_are_listed_and_the_report_is_given(run, folder, tmp_path, co
 def test_file_without_samples(run, folder, name, content):
     (folder / name).write_text(content)
     status, out, error, report = run(folder)
-    assert status == 2 and error.endswith("report\n") and "1 faults" in error
+    assert status == 2 and error.endswith("report\n") and "1 problem(s)" in error
     assert report["files"][name[:-4]]["samples"] == 0 and report["files"][name[:-4]]["length"] == {}
     assert out.splitlines()[-1].startswith(f"{folder / name}:")
+
+
+def test_no_samples_at_all(run, folder):
+    for name in ("train.txt", "dev.txt"):
+        (folder / name).write_text("\n")
+    status, _, error, report = run(folder)
+    assert status == 2 and "2 problem(s)" in error and "Traceback" not in error
+    assert report["files"]["train"]["labels_per_sample"] == {}
+
+
+def test_inputs_are_not_replaced(folder, run_cli):
+    """The folder's own files may be named like the results."""
+    (folder / "label.txt").rename(folder / "report.json")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    argv = ["--dataset_dir", folder, "--label_file", "report.json", "--output_dir", folder]
+    status, error = run_cli(check.main, argv)
+    assert status == 2 and f"cannot write {folder / 'report.json'}: it is an input" in error
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_files_are_read_once(run, folder):
+    """Each input may be a pipe; a line ends at a line feed alone."""
+    train = "".join(f"文本{i}\r\u2028第二行\x85\x0b第三行\t离婚\n" for i in range(600))
+    dev = "".join(f"{line}\n" for line in DEV)
+    labels = "".join(f"{label}\n" for label in LABELS)
+    flags = ["--train_file", pipe_with(train), "--dev_file", pipe_with(dev)]
+    flags += ["--label_file", pipe_with(labels), "--test_file", pipe_with(dev)]
+    status, _, error, report = run(folder, *flags)
+    assert status == 0, error
+    files = report["files"]
+    assert [files[name]["samples"] for name in ("train", "dev", "test")] == [600, 3, 3]
 
 
 def accepts(read, path):
@@ -378,7 +415,7 @@ def test_the_real_set(run, shared):
     assert length == {"mean": 56.2, "median": 48, "p95": 126, "p99": 193, "max": 615}
     assert (train_facts["longer_than"]["128"], dev_facts["longer_than"]["128"]) == (693, 63)
     assert len(report["shared_with_train"]["dev"]) == 34
-    assert "texts of dev that stand in train too: 34 (" in out
+    assert "texts of dev that are also in train: 34 (" in out
     found = {row["label"]: (row["train"], row["dev"]) for row in report["labels"]}
     assert found == REAL_COUNTS and list(found) == list(REAL_COUNTS)
     assert report["absent"] == {"train": [], "dev": []}

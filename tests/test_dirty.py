@@ -4,12 +4,13 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 
 import dirty
 import numpy as np
 import pytest
 from conftest import RARE_LABEL, REPO, SAMPLE
-from label_noise import inject_noise, write
+from label_noise import inject_noise
 
 import utils
 
@@ -30,6 +31,14 @@ def run(data, run_cli):
     return run
 
 
+def pipe_with(path):
+    """The path of a pipe that gives the file's content (up to 64 KiB) once."""
+    reader, writer = os.pipe()
+    os.write(writer, path.read_bytes())
+    os.close(writer)
+    return f"/dev/fd/{reader}"
+
+
 def lines(path):
     return path.read_text("utf-8").splitlines()
 
@@ -40,7 +49,8 @@ def found_share(run, tmp_path, examples, labels, *flags):
     noisy, chosen = inject_noise(label_ids, 0.1, "set", seed=1)
     folder = tmp_path / "noisy"
     folder.mkdir(exist_ok=True)
-    write(folder / "train.txt", texts, noisy, labels)
+    lines = dirty.data_lines(texts, noisy, labels)
+    (folder / "train.txt").write_text("".join(lines), "utf-8")
     with open(folder / "label.txt", "w", encoding="utf-8") as file:
         file.writelines(label + "\n" for label in labels)
     assert run("--dirty_num", len(chosen), *flags, dataset_dir=folder)[0] == 0
@@ -176,7 +186,7 @@ def test_max_seq_length_reaches_train(run, data, tiny_model):
     assert run(*flags, "--max_seq_length", "64")[0] == 0
     assert utils.read_model_info(data / "folds" / "1").max_seq_length == 64
     status, error = run(*flags, "--max_seq_length", "32")
-    assert status == 2 and f"train.py on fold 1 in {data / 'folds' / '0'}: max_seq_length" in error
+    assert status == 2 and f"train.py on fold 1 in {data / 'folds' / '0'}, exit status 2: " in error
 
 
 def test_rare_and_missing_labels(run, data):
@@ -196,8 +206,9 @@ def test_finetune(run, data, tiny_model):
     folds = data / "folds"
     flags = ["--strategy", "finetune", "--folds", "2", "--folds_dir", folds]
     flags.append(f"--train_args=--model_name {tiny_model} --epochs 1 --batch_size 8")
-    status, error = run(*flags)
-    assert status == 0 and "Fold 2 of 2" in error and "global step" in error
+    once = [f"--{name}_file={pipe_with(data / f'{name}.txt')}" for name in ("dev", "label")]
+    status, error = run(*flags, *once)  # pipes: each is read once, whatever the number of folds
+    assert status == 0 and "Fold 2 of 2" in error and "global step" in error, error
     result = lines(data / "train_dirty.scores.tsv")
     parts = [set(lines(folds / str(fold) / "train.txt")) for fold in range(2)]
     train = set(lines(data / "train.txt"))
@@ -207,6 +218,58 @@ def test_finetune(run, data, tiny_model):
     assert lines(data / "train_dirty.scores.tsv") == result
 
 
+@pytest.fixture
+def fake_train(tmp_path, monkeypatch):
+    """fake_train(code): the code runs in the place of train.py."""
+
+    def write(code):
+        (tmp_path / "train.py").write_text(code)
+
+    monkeypatch.setattr(dirty, "ROOT", tmp_path)
+    return write
+
+
+def test_what_train_says_last_is_the_message(run, fake_train):
+    fake_train("import sys; print('error: a.txt:1: bad\\nb.txt:2: bad', file=sys.stderr); exit(2)")
+    status, error = run("--strategy", "finetune")
+    assert status == 2 and error.endswith(", exit status 2: a.txt:1: bad b.txt:2: bad\n")
+    fake_train("import os; os.kill(os.getpid(), 9)")
+    status, error = run("--strategy", "finetune")
+    assert status == 2 and "train.py on fold 1 in " in error and ", exit status -9: " in error
+
+
+def test_ctrl_c_stops_train(run, fake_train, tmp_path):
+    """Also where the terminal's signal reaches dirty.py alone."""
+    fake_train(
+        "import os, pathlib, signal, time\n"
+        "pathlib.Path(__file__).with_name('pid').write_text(str(os.getpid()))\n"
+        "os.kill(os.getppid(), signal.SIGINT)\n"
+        "time.sleep(600)\n"
+    )
+    start = time.monotonic()
+    status, error = run("--strategy", "finetune")
+    assert status == 130 and "interrupted" in error and time.monotonic() - start < 300
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
+def test_folds_do_not_replace_inputs(run, data):
+    folder = shutil.copytree(data, data / "folds" / "1")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    flags = ["--strategy", "finetune", "--folds_dir", data / "folds", "--folds", "2"]
+    status, error = run(*flags, dataset_dir=folder)
+    assert status == 2 and f"cannot write {folder / 'train.txt'}: it is an input" in error
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_the_checkpoint_is_not_replaced(run, checkpoint):
+    before = (checkpoint / "config.json").read_bytes()
+    flags = ["--strategy", "trustai", "--params_path", checkpoint]
+    status, error = run(*flags, "--dirty_file", checkpoint / "config.json")
+    assert status == 2 and "config.json: it is an input of this command" in error
+    assert (checkpoint / "config.json").read_bytes() == before
+
+
 FAULTS = {
     "too many": (["--dirty_num", "300"], "--dirty_num 300: train.txt has only 300 samples"),
     "no train": (["--train_file", "x.txt"], "x.txt: No such file"),
@@ -214,9 +277,9 @@ FAULTS = {
     "no folder": (["--rest_file", "x/r.txt"], "r.txt: no folder"),
     "too few texts": (["--folds", "301"], "train.txt: fewer different texts than --folds 301"),
     "no checkpoint": (["--strategy", "trustai", "--params_path", "none"], "none: no such folder"),
-    "over an input": (["--rest_file", "train.txt"], "train.txt, which is read, too; give the"),
-    "twice": (["--rest_file", "train_dirty.txt"], "train_dirty.txt, which is another result, too"),
-    "open quotation": (["--train_args", "'x"], "--train_args: No closing quotation"),
+    "over an input": (["--rest_file", "train.txt"], "train.txt: it is an input of this command"),
+    "twice": (["--rest_file", "train_dirty.txt"], "train_dirty.txt: it is another result"),
+    "open quotation": (["--train_args", "'x"], "argument --train_args: invalid split value"),
     "train.py's error": (
         ["--strategy", "finetune", "--train_args", "--model_name none"],
         "--model_name none: neither a folder nor one of",

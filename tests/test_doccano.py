@@ -72,6 +72,14 @@ def convert(tmp_path, run_cli):
     return convert
 
 
+def pipe_with(content):
+    """The path of a pipe that gives the content (up to 64 KiB) once."""
+    reader, writer = os.pipe()
+    os.write(writer, content.encode())
+    os.close(writer)
+    return f"/dev/fd/{reader}"
+
+
 def files(folder):
     return {path.name: path.read_bytes().decode() for path in sorted(folder.iterdir())}
 
@@ -150,7 +158,7 @@ def test_annotators_are_settled_by_majority(convert, tmp_path):
     assert (tmp_path / "out" / "train.txt").read_text("utf-8") == (
         "三人\t甲,乙\n两人\t乙\n取消\t甲\n审核\t丁\n"
     )
-    assert "- 3 texts have several annotators, 3 with unlike labels: the majority decides." in error
+    assert "- 3 texts have several annotators, 3 of them conflict: the majority decides." in error
     assert "- Left out 2 tasks without annotation." in error
     message = "Left out 1 texts: no label was given by a majority of their annotators."
     assert f"[ WARNING] - {message}" in error  # 不一致 is no sample without labels
@@ -196,7 +204,7 @@ def test_dirty_drops_the_old_label(convert, tmp_path):
     assert convert(records, "--dirty", "--is_shuffle", "False")[0] == 0
     assert files(tmp_path / "out") == {"train_dirty.txt": "文一\t新\n文二\t新\n文 三\t新\n"}
     status, error = convert(as_doccano(TEXTS), "--dirty", "--overwrite")
-    assert status == 2 and "no text has a tab and an old label behind it" in error
+    assert status == 2 and "no text has a tab and an old label after it" in error
 
 
 def test_valid_is_one_file_without_labels(convert, tmp_path):
@@ -265,7 +273,7 @@ def test_splits(convert, tmp_path, splits, names, shuffle):
     if shuffle == "False":
         assert parts[0][:300] == samples[:300]
     if len(splits) > 1:
-        assert "40 texts occur more than once, 0 with unlike labels" in error
+        assert "40 duplicate texts, 0 with conflicting labels; each is in one split only" in error
 
 
 def test_only_the_seed_decides(tmp_path):
@@ -333,8 +341,8 @@ GOOD = '{"id": 1, "data": "好", "label": ["甲"]}\n'
         ('{"data": "x", "label": ["甲\\n乙"]}', "label '甲\\n乙' has a comma, tab or line break"),
         ('{"data": "x", "label": [" "]}', "empty label name; rename it"),
         ('{"data": " \\n", "label": ["甲"]}', "empty text; delete the record"),
-        ('{"data": "\\ud83d", "label": ["甲"]}', "half a surrogate pair is no character"),
-        ('{"data": "x", "label": ["\\ud83d"]}', "half a surrogate pair is no character"),
+        ('{"data": "\\ud83d", "label": ["甲"]}', "invalid Unicode (lone surrogate)"),
+        ('{"data": "x", "label": ["\\ud83d"]}', "invalid Unicode (lone surrogate)"),
     ],
     ids=[
         "not JSON",
@@ -365,8 +373,8 @@ def test_faulty_record(convert, tmp_path, line, message):
         ("", ": no labels in field label or labels or choice or choices, no annotation at all; "),
         ("[]", ": no labels in field label or labels or choice or choices, no annotation at all; "),
         ('[{"id": 1,\n "data": }]', ":2: not JSON (Expecting value); export again"),
-        (b'[{"data": "\xff"}]', ": not JSON in UTF-8 ("),
-        (GOOD.encode() + b'{"data": "\xff"}', ":2: not valid UTF-8 (byte 0xff at column 11)"),
+        (b'[{"data": "\xff"}]', ":1: not valid UTF-8 (byte 0xff); save the file as UTF-8"),
+        (GOOD.encode() + b'{"data": "\xff"}', ":2: not valid UTF-8 (byte 0xff); save"),
         (b"PK\x03\x04rest", ": a zip archive; unpack it and give the file inside"),
         ('{"data": "x", "label": []}', ": no text has a label; annotate and export again"),
         ('{"data": "x"}', ": no labels in field label or labels or choice or choices, only data; "),
@@ -415,10 +423,7 @@ def test_ten_faults_are_listed_at_once(convert, faults):
         (["--splits", "0.8", "0.2", "--valid"], "--valid and --dirty write one file; add --splits"),
         (["--valid", "--dirty"], "--dirty: not allowed with argument --valid"),
         (["--is_shuffle", "maybe"], "maybe is neither True nor False"),
-        (
-            ["--task_type", "hierarchical"],
-            "--task_type hierarchical: only multi_label is supported",
-        ),
+        (["--task_type", "hierarchical"], "--task_type: invalid choice: 'hierarchical'"),
         (["--label_file", "none.txt"], "none.txt: No such file or directory; check the path"),
         (["--doccano_file", "none.jsonl"], "none.jsonl: No such file or directory; check the path"),
         (["--save_dir", SAMPLE / "label.txt"], "label.txt: "),
@@ -446,6 +451,55 @@ def test_file_of_an_earlier_run_is_pointed_out(convert, tmp_path):
     assert convert(as_doccano(many(50)), splits=("0.6", "0.2", "0.2"))[0] == 0
     status, error = convert(as_doccano(many(50)), "--overwrite", splits=("0.8", "0.2"))
     assert status == 0 and f"{tmp_path / 'out' / 'test.txt'} is of an earlier run" in error
+
+
+@pytest.mark.parametrize("export", EXPORTS.values(), ids=EXPORTS)
+def test_export_is_read_once(tmp_path, run_cli, export):
+    """A pipe cannot be read again, neither from its start nor by its name."""
+    samples = many(200)
+    argv = ["--splits", "1", "--is_shuffle", "False", "--save_dir", tmp_path]
+    argv += ["--doccano_file", pipe_with(export(samples))]
+    argv += ["--label_file", pipe_with("".join(f"标签{i}\n" for i in range(8)))]
+    status, error = run_cli(doccano.main, argv)
+    assert status == 0 and samples_of(tmp_path / "train.txt") == samples, error
+
+
+def test_lines_end_at_a_line_feed_alone(convert, tmp_path):
+    texts = ["甲\u2028乙", "丙\x85丁", "戊\x0b己\x1c庚"]
+    status, error = convert(
+        [{"text": text, "label": ["标签"]} for text in texts], "--is_shuffle", "False"
+    )
+    assert status == 0 and "became spaces" not in error
+    train = (tmp_path / "out" / "train.txt").read_bytes().decode()
+    assert train == "".join(f"{text}\t标签\n" for text in texts)
+
+
+@pytest.mark.parametrize("flag", ["--doccano_file", "--label_file"])
+def test_inputs_are_not_replaced(tmp_path, run_cli, flag):
+    """An export or label file that is named like a result, in the folder of the results."""
+    out = tmp_path / "out"
+    out.mkdir()
+    inputs = {"--doccano_file": out / "export.jsonl", "--label_file": out / "names.txt"}
+    inputs[flag] = out / "train.txt"
+    inputs["--doccano_file"].write_text(as_jsonl(as_doccano(TEXTS)), encoding="utf-8")
+    inputs["--label_file"].write_text("离婚\n财产\n债务\n", encoding="utf-8")
+    before = files(out)
+    argv = ["--splits", "1", "--overwrite", "--save_dir", out]
+    status, error = run_cli(doccano.main, [*argv, *sum(map(list, inputs.items()), [])])
+    assert status == 2 and f"cannot write {out / 'train.txt'}: it is an input" in error
+    assert files(out) == before
+
+
+def test_label_file_of_the_result_folder_stays(tmp_path, run_cli):
+    (tmp_path / "out").mkdir()
+    path = tmp_path / "out" / "label.txt"
+    path.write_bytes("\ufeff离婚\r\n财产\r\n债务".encode())
+    content = path.read_bytes()
+    (tmp_path / "export.jsonl").write_text(as_jsonl(as_doccano(TEXTS)), encoding="utf-8")
+    argv = ["--doccano_file", tmp_path / "export.jsonl", "--save_dir", tmp_path / "out"]
+    status, _ = run_cli(doccano.main, [*argv, "--label_file", path, "--splits", "1", "--overwrite"])
+    assert status == 0 and path.read_bytes() == content
+    assert set(files(tmp_path / "out")) == {"train.txt", "data.txt", "label.txt"}
 
 
 def test_full_disk_leaves_the_old_files(convert, tmp_path, monkeypatch):

@@ -1,7 +1,9 @@
-"""The READMEs' commands in a smaller form, the twins' agreement, the benchmarks, the style."""
+"""The READMEs: commands, flags, links, twins; the benchmarks in a smaller form; the style."""
 
+import functools
 import importlib
 import json
+import os
 import re
 import resource
 import shlex
@@ -11,45 +13,85 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-import aug
-import dirty
-import infer
 import pytest
-import sent_interpret
-import sparse
 from conftest import REPO
 
-import export_model
-import predict
-import train
 import utils
 
-READMES = ["README.md", "README_en.md"]
+FIRST = ["README.md", "README_en.md"]
+FOLDERS = ["analysis", "benchmarks", "data", "deploy"]
+PAGES = FIRST + [
+    str(path.relative_to(REPO))
+    for folder in FOLDERS
+    for path in sorted((REPO / folder).rglob("*.md"))
+]
+CHINESE = [page for page in PAGES if not page.endswith("_en.md")]
 DEPLOY = "deploy/predictor/README.md"
 ANALYSIS = "analysis/README.md"
-# The script in a command, its module, what it must leave behind (None: it prints).
+# Every file that takes flags. hf_trainer.py needs torch, which this project does not install.
 SCRIPTS = {
-    "train.py": ("train", "checkpoint/config.json"),
-    "predict.py": ("predict", "output.txt"),
-    "evaluate.py": ("evaluate", "bad_case.txt"),
-    "data/init_model.py": ("init_model", "random_ernie/config.json"),
-    "export_model.py": ("export_model", "export/config.json"),
-    "prune.py": ("prune", "prune/0.5/config.json"),
-    "data/check.py": ("check", None),
-    "deploy/predictor/infer.py": ("infer", None),
-    "benchmarks/onnx_speed.py": ("onnx_speed", None),
-    "benchmarks/bundles.py": ("bundles", None),
-    "benchmarks/long_text.py": ("long_text", None),
+    path.name: path
+    for folder in ["", *(f"{folder}/**/" for folder in FOLDERS)]
+    for path in REPO.glob(f"{folder}*.py")
+    if "__main__" in path.read_text("utf-8")
+    and "parse_args(" in path.read_text("utf-8")
+    and path.name != "hf_trainer.py"
+}
+LAUNCHER_FLAGS = {"gpus", "nproc_per_node", "backend", "nnodes", "master", "rank"}  # Paddle's
+# The flags of the mission's commands.
+MISSION = {
+    "train.py": """device dataset_dir train_file dev_file label_file save_dir max_seq_length
+        model_name batch_size learning_rate epochs early_stop early_stop_nums logging_steps
+        weight_decay warmup warmup_steps init_from_ckpt seed""",
+    "predict.py": """device dataset_dir data_file label_file output_file params_path max_seq_length
+        batch_size""",
+    "export_model.py": "params_path output_path",
+    "prune.py": """output_dir device per_device_train_batch_size per_device_eval_batch_size
+        learning_rate num_train_epochs logging_steps save_steps seed dataset_dir max_seq_length
+        params_dir width_mult""",
+}
+# The script in a command, and what it must leave behind (None: it prints).
+MADE = {
+    "train.py": "checkpoint/config.json",
+    "predict.py": "output.txt",
+    "evaluate.py": "bad_case.txt",
+    "init_model.py": "random_ernie/config.json",
+    "export_model.py": "export/config.json",
+    "prune.py": "prune/0.5/config.json",
+    "infer.py": None,
+    "baseline.py": None,
+    "onnx_speed.py": None,
+    "bundles.py": None,
+    "long_text.py": None,
 }
 
 
-def commands(readme):
-    """The shell commands of a README's code blocks, continuation lines joined."""
-    blocks = re.findall(r"```shell\n(.*?)```", (REPO / readme).read_text(encoding="utf-8"), re.S)
-    for block in blocks:
-        for line in block.replace("\\\n", " ").splitlines():
+def read(page):
+    return (REPO / page).read_text(encoding="utf-8")
+
+
+def twin(page):
+    """The English page of a Chinese one."""
+    return page.removesuffix(".md") + "_en.md"
+
+
+def blocks(text, language=r"\w*"):
+    """The code blocks of a page, continuation lines joined."""
+    for block in re.findall(rf"```{language}\n(.*?)```", text, re.S):
+        yield block.replace("\\\n", " ")
+
+
+def commands(page):
+    """The shell commands of a page as lists of arguments."""
+    for block in blocks(read(page), "shell"):
+        for line in block.splitlines():
             if command := line.split("#")[0].strip():
                 yield shlex.split(command)
+
+
+def run_script(command):
+    """Runs `python script.py ...` in this process."""
+    importlib.import_module(Path(command[1]).stem).main(command[2:])
 
 
 def smaller(argv, paths):
@@ -62,11 +104,25 @@ def smaller(argv, paths):
     return argv
 
 
+# ------------------------------------------------------------------------------------- commands
+def test_the_four_commands(small_data, tiny_model, tmp_path, monkeypatch):
+    """As they are pasted, one after the other; only the weights are not downloaded."""
+    (tmp_path / "my_data").symlink_to(small_data)
+    monkeypatch.chdir(tmp_path)
+    install, *scripts = list(commands("README.md"))[:4]
+    assert install[-1] == "requirements.txt" and (REPO / "requirements.txt").exists()
+    for command in scripts:
+        assert "my_data" in command
+        run_script(smaller(command, {"--model_name": tiny_model}))
+    assert (tmp_path / "bad_case.txt").exists()
+    assert len((tmp_path / "output.txt").read_text("utf-8").splitlines()) == 11
+
+
 def python_commands():
-    for readme in [*READMES, DEPLOY]:
-        for command in commands(readme):
-            if command[0] == "python" and "-m" not in command:
-                yield pytest.param(command, id=f"{readme}-{command[1]}")
+    for page in ["README.md", DEPLOY, "benchmarks/README.md"]:
+        for command in commands(page):
+            if command[0] == "python" and "-m" not in command and "my_data" not in command:
+                yield pytest.param(command, id=f"{page}-{command[1]}")
 
 
 @pytest.mark.parametrize("command", python_commands())
@@ -79,10 +135,8 @@ def test_readme_command(
     paths["--model_path_prefix"] = shutil.copytree(bundle, tmp_path / "bundle") / "float32"
     shutil.copytree(bundle, tmp_path / "prune" / "0.6666666666666666")
     monkeypatch.chdir(tmp_path)
-    module, made = SCRIPTS[command[1]]
-    importlib.import_module(module).main(smaller(command[2:], paths))
-    if "--output_file" in command:
-        made = "output.txt"
+    run_script(smaller(command, paths))
+    made = "output.txt" if "--output_file" in command else MADE[Path(command[1]).name]
     assert (tmp_path / made).exists() if made else capsys.readouterr().out
 
 
@@ -137,11 +191,6 @@ def test_commands_of_the_analysis_readme(checkpoint, word_lists, tmp_path, monke
         assert (tmp_path / "data" / name).stat().st_size > 100
 
 
-def test_every_readme_has_the_same_commands():
-    first, second = (list(commands(readme)) for readme in READMES)
-    assert first == second and len(first) >= 8
-
-
 def test_launch_command(small_data, tiny_model, tmp_path):
     command = next(c for c in commands("README.md") if "-m" in c and "train.py" in c)
     paths = {"--dataset_dir": small_data, "--model_name": tiny_model}
@@ -152,37 +201,125 @@ def test_launch_command(small_data, tiny_model, tmp_path):
     assert utils.read_model_info(tmp_path / "checkpoint").labels
 
 
-@pytest.mark.parametrize(
-    "module, readme",
-    [
-        *((module, "README.md") for module in (train, predict, export_model)),
-        (infer, DEPLOY),
-        *((module, ANALYSIS) for module in (aug, dirty, sent_interpret, sparse)),
-    ],
-)
-def test_help_names_every_flag_of_the_readme(module, readme, capsys):
-    with pytest.raises(SystemExit):
-        module.parse_args(["--help"])
-    shown = capsys.readouterr().out
-    flags = set(re.findall(r"^  --(\w+)", shown, re.M))
-    text = (REPO / readme).read_text(encoding="utf-8")
-    assert {flag for flag in flags if f"`{flag}`" not in text} == set()
-    # Every help text ends in the default.
-    assert shown.count("(default:") == len(flags)
+# ---------------------------------------------------------------------------------------- flags
+@functools.cache
+def flags_of(script):
+    """{flag: its help} of a script, as a user sees it."""
+    environment = {**os.environ, "COLUMNS": "200"}
+    run = subprocess.run(
+        [sys.executable, SCRIPTS[script], "--help"],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert run.returncode == 0, run.stderr
+    flags = {}
+    for entry in re.split(r"\n  (?=\S)", run.stdout)[1:]:
+        name, _, text = " ".join(entry.split("\n\n")[0].split()).partition(" ")
+        flags[name.strip(",-")] = text
+    del flags["h"]  # -h, --help
+    return flags
 
 
-@pytest.mark.parametrize("readme", [*READMES, DEPLOY, ANALYSIS])
-def test_links(readme):
-    for target in re.findall(r"\]\(([^)]+)\)", (REPO / readme).read_text(encoding="utf-8")):
+@pytest.mark.parametrize("script", sorted(SCRIPTS))
+def test_every_help_ends_in_its_default(script):
+    without = {
+        flag for flag, text in flags_of(script).items() if not re.search(r"\(default: .*\)$", text)
+    }
+    assert without == set()
+
+
+def named_in_commands(text):
+    """(script, flag) of the commands in a page's blocks and in its prose."""
+    lines = [line for block in blocks(text) for line in block.splitlines()]
+    prose = re.sub(r"```.*?```", "", text, flags=re.S)
+    for line in lines + re.findall(r"`([^`\n]+)`", prose):
+        for value in re.findall(r'"(--\w+ [^"]*)"', line):  # of --train_args, --train_flags
+            for flag in re.findall(r"--(\w+)", value):
+                yield "train.py", flag
+        script = None
+        for word in re.sub(r'"[^"]*"', "", line).split():
+            if Path(word).name in SCRIPTS:
+                script = Path(word).name
+            elif word == "--":  # what follows is for another program
+                break
+            elif script and (flag := re.match(r"--(?!help)(\w+)", word)):
+                yield script, flag[1]
+
+
+def named_in_lists(text):
+    """(scripts of the section, flag) of the lists and tables of flags."""
+    for section in re.split(r"^#+ ", text, flags=re.M):
+        scripts = {script for script in SCRIPTS if re.search(rf"\b{script}", section)}
+        named = []
+        for line in re.findall(r"^\* (`\w+`.*)", section, re.M):
+            named += re.findall(r"((?:`\w+`(?:、|, )?)+)(?:：|: )", line)
+        for table in re.findall(r"^\| (?:参数|flag) \|.*\n((?:\|.*\n)+)", section, re.M):
+            named += re.findall(r"^\| (.*?) \|", table, re.M)
+        for flag in re.findall(r"`(\w+)`", " ".join(named)):
+            yield scripts, flag
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_flags_exist(page):
+    text = read(page)
+    unknown = {
+        f"{script} --{flag}"
+        for script, flag in named_in_commands(text)
+        if flag not in flags_of(script)
+    }
+    for scripts, flag in named_in_lists(text):
+        if not any(flag in flags_of(script) for script in scripts):
+            unknown.add(flag)
+    scripts = {script for script in SCRIPTS if re.search(rf"\b{script}", text)}
+    known = LAUNCHER_FLAGS.union({"help"}, *(flags_of(script) for script in scripts))
+    unknown |= set(re.findall(r"`--(\w+)(?![\w-])", text)) - known
+    assert unknown == set()
+
+
+@pytest.mark.parametrize("page", FIRST)
+def test_flags_of_the_mission(page):
+    listed = list(named_in_lists(read(page)))
+    for script, flags in MISSION.items():
+        named = {flag for scripts, flag in listed if script in scripts}
+        assert set(flags.split()) - named == set(), script
+
+
+# ---------------------------------------------------------------------------------------- pages
+@pytest.mark.parametrize("page", CHINESE)
+def test_twins(page):
+    first, second = read(page), read(twin(page))
+    limit = 260 if page in FIRST else 150
+    assert max(len(text.splitlines()) for text in (first, second)) <= limit
+    assert list(commands(page)) == list(commands(twin(page)))
+
+    def outline(text):
+        """Levels of the headings, and the fractional numbers in the tables."""
+        text = re.sub(r"```.*?```", "", text, flags=re.S)
+        rows = " ".join(re.findall(r"^\|.*\|$", text, re.M))
+        return re.findall(r"^#+ ", text, re.M), re.findall(r"\d+\.\d+", rows)
+
+    assert outline(first) == outline(second)
+
+
+@pytest.mark.parametrize("page", [*PAGES, "CHANGELOG.md"])
+def test_links(page):
+    """They lead somewhere, and to a page in the same language."""
+    for target in re.findall(r"\]\(([^)]+)\)", read(page)):
+        if target.startswith("https://"):
+            continue
         name, _, anchor = target.partition("#")
-        path = (REPO / readme).parent / name if name else REPO / readme
+        path = (REPO / page).parent / name if name else REPO / page
         assert path.exists(), target
+        if name.endswith(".md") and name != "CHANGELOG.md" and Path(name).parent != Path():
+            assert name.endswith("_en.md") == page.endswith("_en.md"), target
         if anchor:
             headings = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.M)
             anchors = {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
             assert anchor in anchors, target
 
 
+# ----------------------------------------------------------------------------------- benchmarks
 def test_baseline_on_the_real_set(shared, capsys):
     """The figures that the README compares with."""
     import baseline
@@ -210,13 +347,20 @@ def test_training_speed_benchmark(tiny_model, capsys):
     assert all(row["samples_per_second"] > 0 for row in rows)
 
 
-def test_losses_benchmark(small_data, tiny_model, tmp_path, capsys, monkeypatch):
+@pytest.fixture
+def one_process(monkeypatch):
+    """The benchmarks run scripts in this process: each new one takes seconds to import Paddle."""
+    import common
+
+    def run(script, *words, log=None, **flags):
+        importlib.import_module(script.stem).main(common.argv(*words, **flags))
+
+    monkeypatch.setattr(common, "run", run)
+
+
+def test_losses_benchmark(small_data, tiny_model, tmp_path, capsys, one_process):
     import losses
 
-    def in_this_process(script, flags, log):
-        importlib.import_module(Path(script).stem).main([str(flag) for flag in flags])
-
-    monkeypatch.setattr(losses, "run", in_this_process)
     flags = ["--dataset_dir", str(small_data), "--model_name", str(tiny_model), "--seeds", "1", "2"]
     flags += ["--work_dir", str(tmp_path), "--recipes", "bce", "asl_pos_weight"]
     losses.main([*flags, "--train_flags", "--epochs 2 --learning_rate 1e-3 --batch_size 8"])
@@ -232,12 +376,13 @@ def test_losses_benchmark(small_data, tiny_model, tmp_path, capsys, monkeypatch)
 
 
 def test_many_labels_benchmark(tmp_path, monkeypatch):
+    import common
     import many_labels
 
-    def in_this_process(path, *flags):
-        importlib.import_module(path.stem).main([str(flag) for flag in flags])
-        if path.stem == "predict":
-            assert len((flags[3] / "output.txt").read_text("utf-8").splitlines()) == 51
+    def in_this_process(script, **flags):
+        importlib.import_module(script.stem).main(common.argv(**flags))
+        if script.stem == "predict":
+            assert len(flags["output_file"].read_text("utf-8").splitlines()) == 51
         return 2.0, 300.0
 
     seconds, memory = many_labels.measured("-c", "x = b'1' * 2**28; print(sum(range(10**7)))")
@@ -278,7 +423,7 @@ def test_long_text_benchmark(checkpoint, capsys):
     assert [row["texts"] for row in rows] == [6, 6] and rows[1]["windows"] >= 12
 
 
-def test_data_quality_benchmarks(small_data, tiny_model, word_lists, tmp_path, capsys):
+def test_data_quality_benchmarks(small_data, tiny_model, word_lists, tmp_path, capsys, one_process):
     import label_noise
     import sparse_support
 

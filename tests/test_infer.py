@@ -157,13 +157,13 @@ def test_least_and_most_labels(limited, data, tmp_path):
 
 def test_other_length_and_other_tokenizer(bundle, tmp_path):
     short = predictor.Predictor(bundle / "float32", max_seq_length=4)
-    assert [len(ids) for ids in short.encode(DEV_TEXTS[:2])[0]] == [4, 4]
+    assert [len(ids) for ids in short.encode(DEV_TEXTS[:2])] == [4, 4]
     lines = (bundle / "vocab.txt").read_text(encoding="utf-8").splitlines()
     swapped = "\n".join([*lines[:5], *reversed(lines[5:])])
     (tmp_path / "vocab.txt").write_text(swapped, encoding="utf-8")
     other = predictor.Predictor(bundle / "float32", tokenizer_path=tmp_path)
     plain = predictor.Predictor(bundle / "float32")
-    assert other.encode(DEV_TEXTS[:1])[0][0][1] != plain.encode(DEV_TEXTS[:1])[0][0][1]
+    assert other.encode(DEV_TEXTS[:1])[0][1] != plain.encode(DEV_TEXTS[:1])[0][1]
 
 
 def test_cut_texts_are_counted(bundle, data, tmp_path, run_cli):
@@ -246,7 +246,7 @@ def test_fp16_model_has_float32_logits_like_the_model(own_bundle):
     sizes = [(own_bundle / utils.ONNX_FILES[p]).stat().st_size for p in ("fp16", "fp32")]
     assert sizes[0] < 0.55 * sizes[1]
     full, half = (predictor.open_session(prefix, precision) for precision in ("fp32", "fp16"))
-    encoded, _ = predictor.Predictor(prefix).encode(DEV_TEXTS[:64])
+    encoded = predictor.Predictor(prefix).encode(DEV_TEXTS[:64])
     logits = [utils.logits_of(predictor.onnx_forward(s), encoded, 16, 20) for s in (full, half)]
     assert half.get_outputs()[0].type == "tensor(float)"
     np.testing.assert_allclose(*logits, rtol=0, atol=0.05)
@@ -542,7 +542,10 @@ def test_real_dev_set_agrees(shared, tmp_path):
         onnx_predictor.forward,
     ]
     trained, *others = (utils.logits_of(forward, encoded, 32, 20) for forward in forwards)
+    # The classifier is random: now and then one of 32220 logits is 0 as far as float32 can tell.
+    clear = np.abs(trained) > 1e-5
+    assert (~clear).sum() < 5
     for logits in others:
         np.testing.assert_allclose(logits, trained, rtol=0, atol=1e-4)
         decisions = [metric.decode(metric.probabilities(x)) for x in (logits, trained)]
-        assert np.array_equal(*decisions)
+        assert np.array_equal(*(given[clear] for given in decisions))

@@ -435,7 +435,14 @@ def test_errors_of_the_user_are_one_line(run_cli, error, message):
 def run_code(code, **kwargs):
     """Runs Python code that uses utils.py in a process of its own."""
     command = [sys.executable, "-c", code]
-    return subprocess.run(command, cwd=REPO, capture_output=True, text=True, **kwargs)
+    return subprocess.run(
+        command,
+        cwd=REPO,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # see test_train.start
+        **kwargs,
+    )
 
 
 def test_ctrl_c_in_a_destructor():
@@ -448,7 +455,8 @@ class Bar:
 def main():
     bar = Bar()
     del bar
-    time.sleep(60)
+    for _ in range(400):
+        time.sleep(0.1)
     print("went on")
 utils.cli(main)
 """

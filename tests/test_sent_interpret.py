@@ -1,5 +1,6 @@
 """analysis/sent_interpret.py: the format of its result and the forms of its input."""
 
+import os
 import re
 import shutil
 
@@ -74,6 +75,25 @@ def test_reads_what_evaluate_writes(run, data, checkpoint):
         assert block.split("\n")[:3] == expected
 
 
+def test_input_is_read_once(run, data, checkpoint):
+    """It may be a pipe; what a text holds beside line feeds does not end a line."""
+    texts = [f"原告第{i}次起诉\u2028要求离婚\x85分割\r财产。" for i in range(300)]
+    reader, writer = os.pipe()
+    os.write(writer, "".join(f"{text}\t准予离婚\n" for text in texts).encode())
+    os.close(writer)
+    status, _, _ = run(None, "--interpret_input_file", f"/dev/fd/{reader}")
+    os.close(reader)
+    result = (data / "sent_interpret.txt").read_bytes().decode()
+    assert status == 0 and re.findall("^text: (.*)\n", result, re.M) == texts
+
+
+def test_the_checkpoint_is_not_replaced(run, checkpoint):
+    before = (checkpoint / "config.json").read_bytes()
+    status, error, _ = run("a\n", "--interpret_result_file", checkpoint / "config.json")
+    assert status == 2 and "config.json: it is an input of this command" in error
+    assert (checkpoint / "config.json").read_bytes() == before
+
+
 @pytest.mark.parametrize(
     "content, expected",
     [
@@ -104,7 +124,7 @@ def test_input_forms(tmp_path, content, expected):
             [],
             "bad_case.txt:2: 3 fields separated by tabs; 2 are expected",
         ),
-        ("Text\tLabel\n\n", [], "bad_case.txt: no texts; evaluate.py writes such a file"),
+        ("Text\tLabel\n\n", [], "bad_case.txt: no texts; evaluate.py --bad_case_path writes"),
         (None, [], "bad_case.txt: No such file; evaluate.py --bad_case_path writes"),
         (
             "Prediction\tLabel\tText\n准予离婚\n",
@@ -112,7 +132,7 @@ def test_input_forms(tmp_path, content, expected):
             "bad_case.txt:2: 1 fields, no text; see the first",
         ),
         ("准予离婚\t婚后分居\t双方不和。\n", [], "the first column holds labels, not texts; keep"),
-        ("a\n", ["--interpret_result_file", "train.txt"], "train.txt, which is read, too; give"),
+        ("a\n", ["--interpret_result_file", "train.txt"], "train.txt: it is an input of this"),
         ("a\n", ["--interpret_result_file", "no/x.txt"], "x.txt: no folder"),
         ("a\n", ["--params_path", "none"], "none: no such folder"),
     ],

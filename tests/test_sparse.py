@@ -1,5 +1,6 @@
 """analysis/sparse.py and trustai_compat.py: against TrustAI on the whole model, and by hand."""
 
+import os
 import shutil
 import sys
 
@@ -12,8 +13,8 @@ import paddle  # noqa: E402
 import sparse  # noqa: E402
 import trustai_compat  # noqa: E402
 
+import model as models  # noqa: E402
 import utils  # noqa: E402
-from export_model import load_checkpoint  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +37,17 @@ def run(data, checkpoint, word_lists, run_cli):
     return run
 
 
+FLAGS = {"dev": "--dev_file", "data": "--unlabeled_file"}
+
+
+def pipe_with(content):
+    """The path of a pipe that gives the content (up to 64 KiB) once."""
+    reader, writer = os.pipe()
+    os.write(writer, content.encode())
+    os.close(writer)
+    return f"/dev/fd/{reader}"
+
+
 def rows(path):
     return [line.split("\t") for line in path.read_text("utf-8").splitlines()]
 
@@ -52,7 +64,7 @@ def test_parity_with_trustai_on_the_whole_model(encoder, checkpoint, hard_data):
     train, _ = utils.read_examples(hard_data / "train.txt", labels)
     dev, _ = utils.read_examples(hard_data / "dev.txt", labels)
     train, dev = train[:64], dev[:10]
-    model, info = load_checkpoint(checkpoint)
+    model, info = models.load_checkpoint(checkpoint)
 
     def batch(texts):
         encoded, _ = utils.encode(texts, encoder.tokenizer, info.max_seq_length)
@@ -62,8 +74,8 @@ def test_parity_with_trustai_on_the_whole_model(encoder, checkpoint, hard_data):
     loader = [batch(train[i : i + 16]) for i in range(0, 64, 16)]
     theirs = trustai.FeatureSimilarityModel(model, loader, classifier_layer_name="classifier")
     ours = encoder.similarity(encoder.features(train, "train"))
-    indexes, scores = trustai_compat.nearest(ours, encoder.features(dev, "dev"), 5, "dev")
-    for result, index, score in zip(theirs.interpret(batch(dev), 5), indexes, scores):
+    indices, scores = trustai_compat.nearest(ours, encoder.features(dev, "dev"), 5, "dev")
+    for result, index, score in zip(theirs.interpret(batch(dev), 5), indices, scores):
         np.testing.assert_allclose(score, result.pos_scores, atol=1e-5)
         np.testing.assert_array_equal(index, result.pos_indexes)
 
@@ -138,14 +150,12 @@ def test_augmented_support(run, data, strategy):
 
 
 def test_dev_texts_never_become_training_data(run, data):
-    """A candidate that stands in dev (or, to annotate, in train) is left out."""
+    """A candidate that is also in dev (or, to annotate, in train) is left out."""
     leaked = (data / "dev.txt").read_text("utf-8").splitlines()
     with open(data / "train.txt", "a", encoding="utf-8") as file:
         file.write("\n".join(leaked) + "\n")
     status, error = run("--aug_strategy", "duplicate")
-    assert (
-        status == 0 and f"{len(leaked)} candidates are left out: their texts stand in dev" in error
-    )
+    assert status == 0 and f"{len(leaked)} candidates are left out: their texts are in dev" in error
     dev = {line.split("\t")[0] for line in leaked}
     assert not dev & {text for text, _ in rows(data / "support.txt")}
 
@@ -154,11 +164,23 @@ def test_dev_texts_never_become_training_data(run, data):
     lines = ["text\tlabel", *known, "", *new, new[3], new[4] + "\t离婚"]  # repeated, labelled
     (data / "data.txt").write_text("\n".join(lines) + "\n", "utf-8")
     status, error = run("--annotate", "--support_threshold", "-1", "--support_num", "1000")
-    assert status == 0 and "2 candidates are left out: their texts stand in train or dev" in error
+    assert status == 0 and "2 candidates are left out: their texts are in train or dev" in error
     assert f"Only {len(new)} support texts of 1000; lower --support_threshold or give more" in error
     found = (data / "support.txt").read_text("utf-8").splitlines()
     assert sorted(found) == sorted(new)
     assert rows(data / "support.scores.tsv")[0] == ["score", "text"]
+
+
+def test_inputs_are_read_once(run, data):
+    """Each may be a pipe; what a text holds beside line feeds does not end a line."""
+    odd = "原告起诉\u2028离婚\x85分割\r财产。"
+    content = {name: (data / f"{name}.txt").read_text("utf-8") for name in ("dev", "data")}
+    content["data"] = f"{odd}\n{content['data']}"
+    flags = ["--annotate", "--support_threshold", "-1", "--support_num", "1000"]
+    status, error = run(*flags, *(a for n in content for a in (FLAGS[n], pipe_with(content[n]))))
+    assert status == 0, error
+    support = (data / "support.txt").read_bytes().decode().split("\n")
+    assert sorted(support) == sorted({"", odd, *content["data"].split("\n")})
 
 
 def test_a_text_is_taken_once(run, data):
@@ -185,16 +207,16 @@ def test_number_of_ranks(run, data):
 
 
 def test_find_support():
-    indexes = np.array([[1, 2, 3], [1, 4, 2], [5, 1, 6]])
+    indices = np.array([[1, 2, 3], [1, 4, 2], [5, 1, 6]])
     scores = np.array([[0.9, 0.8, 0.2], [0.95, 0.7, 0.6], [0.3, 0.2, 0.1]])
-    found = list(sparse.find_support(indexes, scores, 0.5, excluded={4}))
+    found = list(sparse.find_support(indices, scores, 0.5, excluded={4}))
     assert found == [(1, 0.9), (2, 0.8)]  # 2 of the second text is taken already
-    assert list(sparse.find_support(indexes, scores, 0.25, set()))[:3] == [
+    assert list(sparse.find_support(indices, scores, 0.25, set()))[:3] == [
         (1, 0.9),
         (5, 0.3),
         (2, 0.8),
     ]
-    assert list(sparse.find_support(indexes, scores, 0.95, set())) == []
+    assert list(sparse.find_support(indices, scores, 0.95, set())) == []
 
 
 # ---------------------------------------------------------------------------------------- errors
@@ -213,13 +235,25 @@ FAULTS = {
     "no lists": (["--dict_dir", "none"], "--dict_dir none: no stopwords.txt; bring it from"),
     "device": (["--device", "tpu"], "--device tpu: "),
     "no folder": (["--sparse_file", "x/sparse.txt"], "sparse.txt: no folder"),
-    "over an input": (["--sparse_file", "dev.txt"], "dev.txt, which is read, too; give the result"),
+    "over an input": (["--sparse_file", "dev.txt"], "dev.txt: it is an input of this command"),
     "over another": (
         ["--support_file", "sparse.tsv"],
-        "sparse.scores.tsv, which is another result",
+        "sparse.scores.tsv: it is another result",
     ),
     "blank data": (["--annotate", "--unlabeled_file", "blank.txt"], "blank.txt: no texts; write"),
 }
+
+
+def test_model_and_word_lists_are_not_replaced(run, checkpoint, word_lists):
+    for path in (
+        checkpoint / "config.json",
+        checkpoint / "vocab.txt",
+        word_lists / "stopwords.txt",
+    ):
+        before = path.read_bytes()
+        status, error = run("--support_file", path)
+        assert status == 2 and f"{path.name}: it is an input of this command" in error
+        assert path.read_bytes() == before
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -27,13 +27,13 @@ def interpreters(checkpoint):
 
 def logits_at(interpreter, text, scale):
     """Logits where the words' embeddings, but not [CLS] and [SEP], are scaled."""
-    input_ids, _ = utils.encode([text], interpreter.tokenizer, interpreter.max_seq_length)
+    input_ids, _ = utils.encode([text], interpreter.tokenizer, interpreter.info.max_seq_length)
     factors = np.full((1, len(input_ids[0]), 1), scale, np.float32)
     factors[:, [0, -1]] = 1
     layer = interpreter.model.base_model.embeddings.word_embeddings
     hook = layer.register_forward_post_hook(lambda _, __, out: out * paddle.to_tensor(factors))
     try:
-        return interpreter.forward(**utils.pad(input_ids))[0]
+        return interpreter.labeller.forward(**utils.pad(input_ids))[0]
     finally:
         hook.remove()
 
@@ -70,6 +70,15 @@ def test_gradients_are_right(interpreters):
     input_ids, words, word_of = interpreter._encode(TEXT)
     sums = interpreter._along_path(input_ids, word_of, len(words), range(20), [0.5]).sum(axis=1)
     np.testing.assert_allclose(sums, expected, atol=0.01 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("method", ["ig", "grad"])
+def test_the_scale_of_the_logits_does_not_show(interpreters, method, monkeypatch):
+    """It only keeps the gradients from being subnormal numbers."""
+    scaled = interpreters[method](TEXT, interpreters[method].info.labels).attributions
+    monkeypatch.setattr(word_interpret, "LOGIT_SCALE", 1.0)
+    plain = interpreters[method](TEXT, interpreters[method].info.labels).attributions
+    np.testing.assert_allclose(scaled, plain, rtol=1e-4, atol=1e-6 * np.abs(plain).max())
 
 
 @pytest.mark.parametrize("method", word_interpret.METHODS)

@@ -19,7 +19,7 @@ import time
 import urllib.request
 from pathlib import Path
 
-START_SECONDS = 60
+PATIENCE = 300  # seconds; a test that waits longer has failed, however busy the machine is
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # whatever http_proxy says
 SERVE = Path(__file__).resolve().parent.parent / "deploy" / "triton_serving" / "serve.py"
 
@@ -38,6 +38,15 @@ def free_ports(count):
     finally:
         for s in sockets:
             s.close()
+
+
+def wait_until(condition, what):
+    """The first true value of condition(); fails with what(), e.g. a log, if there is none."""
+    end = time.monotonic() + PATIENCE
+    while not (value := condition()):
+        assert time.monotonic() < end, what()
+        time.sleep(0.05)
+    return value
 
 
 class TritonServer:
@@ -72,6 +81,7 @@ class TritonServer:
                 stdout=log,
                 stderr=log,
                 env=environment,
+                cwd=self.folder,  # in the project's, its model.py would be the stand-in's module
                 start_new_session=True,
             )
         try:
@@ -100,11 +110,12 @@ class TritonServer:
             return False
 
     def _wait_until_ready(self):
-        end = time.monotonic() + START_SECONDS
-        while not (self.ready() and "serve.py: ready" in self.log()):
-            if self.process.poll() is not None or time.monotonic() > end:
+        def started():
+            if self.process.poll() is not None:
                 raise RuntimeError(f"tritonserver did not start:\n{self.log()[-4000:]}")
-            time.sleep(0.1)
+            return self.ready() and "serve.py: ready" in self.log()
+
+        wait_until(started, self.log)
 
     def log(self):
         return self.log_file.read_text(encoding="utf-8", errors="replace")
@@ -123,10 +134,10 @@ class TritonServer:
         # Whoever was started from the temporary folder belongs to it, also if its parent is gone.
         return {p: c for p, c in table.items() if p == self.process.pid or str(self.folder) in c}
 
-    def stop(self, timeout=60):
-        """SIGTERM; returns the exit status. Raises subprocess.TimeoutExpired."""
-        self.process.terminate()
-        return self.process.wait(timeout)
+    def stop(self, number=signal.SIGTERM):
+        """Sends the signal; returns the exit status. Raises subprocess.TimeoutExpired."""
+        self.process.send_signal(number)
+        return self.process.wait(PATIENCE)
 
     def kill(self):
         """Ends whatever is left and removes the temporary files."""

@@ -10,12 +10,9 @@ import shutil
 import sys
 from pathlib import Path
 
-from google.protobuf import text_format
-from paddle_serving_app.proto import general_model_config_pb2
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
-import utils  # noqa: E402
-from utils import UserError, logger  # noqa: E402
+import utils
+from utils import UserError, logger
 
 PREFIX = "float32"
 INT64, FLOAT32 = 0, 1  # Paddle Serving's numbers of the types
@@ -30,21 +27,6 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def model_config(num_labels):
-    """Names, types and shapes of the static graph's inputs and output (-1: any length)."""
-    config = general_model_config_pb2.GeneralModelConfig()
-    for name in ("input_ids", "token_type_ids"):
-        config.feed_var.add(name=name, alias_name=name, feed_type=INT64, shape=[-1])
-    config.fetch_var.add(name="logits", alias_name="logits", fetch_type=FLOAT32, shape=[num_labels])
-    return config
-
-
-def write_config(folder, name, config):
-    text = text_format.MessageToString(config)
-    (folder / f"{name}.prototxt").write_text(text, encoding="utf-8")
-    (folder / f"{name}.stream.prototxt").write_bytes(config.SerializeToString())
-
-
 def main(argv=None):
     args = parse_args(argv)
     source, server = Path(args.dirname), Path(args.serving_server)
@@ -53,17 +35,31 @@ def main(argv=None):
         raise UserError(f"{source}: a checkpoint, not a bundle; run export_model.py on it")
     utils.static_graph_sha256(source / PREFIX)
     utils.load_tokenizer(source)  # checks it
-    if server.exists() and server.samefile(source):
-        raise UserError(f"--serving_server {server} is the bundle itself; give another folder")
-    config = model_config(len(info.labels))
+    for flag, folder in (("--serving_server", server), ("--serving_client", args.serving_client)):
+        if Path(folder).resolve() == source.resolve():
+            raise UserError(f"{flag} {folder} is the bundle itself; give another folder")
     with utils.atomic_folder(args.serving_client) as folder:
-        write_config(folder, "serving_client_conf", config)
+        write_config(folder, "serving_client_conf", len(info.labels))
     with utils.atomic_folder(server) as folder:
-        write_config(folder, "serving_server_conf", config)
+        write_config(folder, "serving_server_conf", len(info.labels))
         utils.copy_tokenizer(source, folder)
         for name in (f"{PREFIX}.pdmodel", f"{PREFIX}.pdiparams", utils.CONFIG_FILE):
             shutil.copyfile(source / name, folder / name)
     logger.info("%d labels; model in %s, ready for service.py", len(info.labels), server)
+
+
+def write_config(folder, name, num_labels):
+    """Names, types and shapes of the static graph's inputs and output (-1: any length)."""
+    from google.protobuf import text_format
+    from paddle_serving_app.proto import general_model_config_pb2
+
+    config = general_model_config_pb2.GeneralModelConfig()
+    for feed in ("input_ids", "token_type_ids"):
+        config.feed_var.add(name=feed, alias_name=feed, feed_type=INT64, shape=[-1])
+    config.fetch_var.add(name="logits", alias_name="logits", fetch_type=FLOAT32, shape=[num_labels])
+    text = text_format.MessageToString(config)
+    (folder / f"{name}.prototxt").write_text(text, encoding="utf-8")
+    (folder / f"{name}.stream.prototxt").write_bytes(config.SerializeToString())
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ From Python: `predict("http://127.0.0.1:9878", ["婚后生育一子。"])`.
 import argparse
 import http.client
 import json
+import os
 import sys
 import urllib.error
 import urllib.request
@@ -27,12 +28,6 @@ class ServerError(Exception):
     """The server can't be reached or refuses the request; the message is one line."""
 
 
-def positive(text):
-    if (number := int(text)) < 1:
-        raise ValueError
-    return number
-
-
 def parse_args(doc, argv, url):
     parser = argparse.ArgumentParser(
         description=doc.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -40,10 +35,76 @@ def parse_args(doc, argv, url):
     add = parser.add_argument
     add("--url", default=url, help="address of the server")
     add("--data_file", help="UTF-8 texts, one per line; None: four examples")
-    add("--batch_size", type=positive, default=32, help="texts per request")
+    add("--batch_size", type=int, default=32, help="texts per request")
     add("--timeout", type=float, default=60, help="seconds to wait for an answer")
     add("--ready", action="store_true", help="only ask whether the server is ready")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if not (args.batch_size > 0 and 0 < args.timeout < float("inf")):
+        parser.error("--batch_size and --timeout must be positive")
+    return args
+
+
+def run(args, predict, ready):
+    """The clients' common part; returns the exit status."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not know every character
+    try:
+        if not args.ready:
+            print_labels(args, predict)
+        elif not ready(args.url):
+            print("not ready", flush=True)
+            return 1
+        else:
+            print("ready", flush=True)
+    except BrokenPipeError:  # stdout was closed, as by `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes stdout again when it exits
+        return 141
+    except (ServerError, OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def print_labels(args, predict):
+    texts = read_texts(args.data_file) if args.data_file else SAMPLES
+    for start in range(0, len(texts), args.batch_size):
+        chunk = texts[start : start + args.batch_size]
+        for text, (labels, scores) in zip(chunk, predict(args.url, chunk, args.timeout)):
+            print("data: ", text)
+            print("label: ", ",".join(labels))
+            print("score: ", ",".join(f"{score:.3f}" for score in scores))
+            print("--------------------", flush=True)
+
+
+def read_texts(path):
+    """The lines of a UTF-8 file (BOM, LF or CRLF); a lone carriage return is part of its text."""
+    texts = []
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path}:{number}: not valid UTF-8; save it as UTF-8") from error
+            texts.append(text.removesuffix("\n").removesuffix("\r"))
+    if not texts:
+        raise ValueError(f"{path}: empty file; write one text per line")
+    return texts
+
+
+def predict(url, texts, timeout=60):
+    """[(label names, scores)] of a list of texts, labels in the order of label.txt."""
+    request = {"key": ["sentence"], "value": [json.dumps(texts, ensure_ascii=False)]}
+    reply = ask(url, json.dumps(request).encode(), timeout)
+    return unpack(**reply, count=len(texts))
+
+
+def ready(url, timeout=5):
+    """True if the server can answer."""
+    try:
+        return ask(url, None, timeout)["err_no"] == 0
+    except ServerError:
+        return False
 
 
 def ask(url, body, timeout):
@@ -64,7 +125,7 @@ def ask(url, body, timeout):
         reply = json.loads(text)
         return {name: reply[name] for name in ("err_no", "err_msg", "key", "value")}
     except (ValueError, KeyError, TypeError) as error:
-        raise ServerError(f"HTTP status {status} from {url}, which is no such server") from error
+        raise ServerError(f"unexpected reply from {url} (HTTP status {status})") from error
 
 
 def unpack(err_no, err_msg, key, value, count):
@@ -79,45 +140,6 @@ def unpack(err_no, err_msg, key, value, count):
     if len(answers) != count:
         raise ServerError(f"{len(answers)} answers to {count} texts")
     return answers
-
-
-def predict(url, texts, timeout=60):
-    """[(label names, scores)] of a list of texts, labels in the order of label.txt."""
-    request = {"key": ["sentence"], "value": [json.dumps(texts, ensure_ascii=False)]}
-    reply = ask(url, json.dumps(request).encode(), timeout)
-    return unpack(**reply, count=len(texts))
-
-
-def ready(url, timeout=5):
-    """True if the server can answer."""
-    try:
-        return ask(url, None, timeout)["err_no"] == 0
-    except ServerError:
-        return False
-
-
-def run(args, predict, ready):
-    """The clients' common part; returns the exit status."""
-    if args.ready:
-        is_ready = ready(args.url)
-        print("ready" if is_ready else "not ready")
-        return 0 if is_ready else 1
-    texts = SAMPLES
-    try:
-        if args.data_file:
-            with open(args.data_file, encoding="utf-8-sig") as file:
-                texts = file.read().removesuffix("\n").split("\n")
-        for start in range(0, len(texts), args.batch_size):
-            chunk = texts[start : start + args.batch_size]
-            for text, (labels, scores) in zip(chunk, predict(args.url, chunk, args.timeout)):
-                print("data: ", text)
-                print("label: ", ",".join(labels))
-                print("score: ", ",".join(f"{score:.3f}" for score in scores))
-                print("--------------------")
-    except (ServerError, OSError, UnicodeDecodeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
 
 
 if __name__ == "__main__":

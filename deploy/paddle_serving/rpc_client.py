@@ -10,60 +10,41 @@ import json
 import sys
 
 import grpc
-from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
 from http_client import ServerError, parse_args, run, unpack
 
 PACKAGE = "baidu.paddle_serving.pipeline_serving"
 METHOD = f"/{PACKAGE}.PipelineService/inference"
-# The fields of Paddle Serving's pipeline_service.proto that are used: number, repeated, type.
-MESSAGES = {
-    "Request": {
-        "key": (1, True, "TYPE_STRING"),
-        "value": (2, True, "TYPE_STRING"),
-        "name": (4, False, "TYPE_STRING"),
-        "method": (5, False, "TYPE_STRING"),
-    },
-    "Response": {
-        "err_no": (1, False, "TYPE_INT32"),
-        "err_msg": (2, False, "TYPE_STRING"),
-        "key": (3, True, "TYPE_STRING"),
-        "value": (4, True, "TYPE_STRING"),
-    },
+# The fields of Paddle Serving's pipeline_service.proto that are used.
+PROTO = """
+message_type {
+  name: "Request"
+  field { name: "key" number: 1 label: LABEL_REPEATED type: TYPE_STRING }
+  field { name: "value" number: 2 label: LABEL_REPEATED type: TYPE_STRING }
+  field { name: "name" number: 4 label: LABEL_OPTIONAL type: TYPE_STRING }
+  field { name: "method" number: 5 label: LABEL_OPTIONAL type: TYPE_STRING }
 }
+message_type {
+  name: "Response"
+  field { name: "err_no" number: 1 label: LABEL_OPTIONAL type: TYPE_INT32 }
+  field { name: "err_msg" number: 2 label: LABEL_OPTIONAL type: TYPE_STRING }
+  field { name: "key" number: 3 label: LABEL_REPEATED type: TYPE_STRING }
+  field { name: "value" number: 4 label: LABEL_REPEATED type: TYPE_STRING }
+}
+"""
 
 
-def message_classes():
-    """(Request, Response)."""
-    field_proto = descriptor_pb2.FieldDescriptorProto
-    file = descriptor_pb2.FileDescriptorProto(
-        name="pipeline_client.proto", package=PACKAGE, syntax="proto3"
-    )
-    for message_name, fields in MESSAGES.items():
-        message = file.message_type.add(name=message_name)
-        for name, (number, repeated, kind) in fields.items():
-            label = "LABEL_REPEATED" if repeated else "LABEL_OPTIONAL"
-            label, kind = getattr(field_proto, label), getattr(field_proto, kind)
-            message.field.add(name=name, number=number, label=label, type=kind)
+def message_class(name):
+    file = descriptor_pb2.FileDescriptorProto(name="client.proto", package=PACKAGE, syntax="proto3")
     pool = descriptor_pool.DescriptorPool()
-    pool.Add(file)
-    descriptors = [pool.FindMessageTypeByName(f"{PACKAGE}.{name}") for name in MESSAGES]
+    pool.Add(text_format.Parse(PROTO, file))
+    descriptor = pool.FindMessageTypeByName(f"{PACKAGE}.{name}")
     if hasattr(message_factory, "GetMessageClass"):  # protobuf 4.22 and later
-        return [message_factory.GetMessageClass(d) for d in descriptors]
-    return [message_factory.MessageFactory(pool).GetPrototype(d) for d in descriptors]
+        return message_factory.GetMessageClass(descriptor)
+    return message_factory.MessageFactory(pool).GetPrototype(descriptor)
 
 
-Request, Response = message_classes()
-
-
-def call(url, request, timeout):
-    """The server's Response; raises ServerError."""
-    with grpc.insecure_channel(url, [("grpc.enable_http_proxy", 0)]) as channel:
-        inference = channel.unary_unary(METHOD, Request.SerializeToString, Response.FromString)
-        try:
-            return inference(request, timeout=timeout)
-        except grpc.RpcError as error:
-            reason = f"{error.code().name}: {error.details()}"
-            raise ServerError(f"no answer from {url} ({reason})") from error
+Request, Response = message_class("Request"), message_class("Response")
 
 
 def predict(url, texts, timeout=60):
@@ -79,6 +60,17 @@ def ready(url, timeout=5):
         return call(url, Request(method="ready"), timeout).err_no == 0
     except ServerError:
         return False
+
+
+def call(url, request, timeout):
+    """The server's Response; raises ServerError."""
+    with grpc.insecure_channel(url, [("grpc.enable_http_proxy", 0)]) as channel:
+        inference = channel.unary_unary(METHOD, Request.SerializeToString, Response.FromString)
+        try:
+            return inference(request, timeout=timeout)
+        except grpc.RpcError as error:
+            reason = f"{error.code().name}: {error.details()}"
+            raise ServerError(f"no answer from {url} ({reason})") from error
 
 
 if __name__ == "__main__":

@@ -273,7 +273,7 @@ class Predictor(utils.Labeller):
         folder = bundle_folder(model_path_prefix)
         check_device(device)
         info = utils.read_model_info(folder)
-        info = info.with_settings(max_seq_length, min_labels, max_labels)
+        info = info.with_settings(max_seq_length, min_labels=min_labels, max_labels=max_labels)
         tokenizer = utils.load_tokenizer(tokenizer_path or folder, folder)
         logger.info(">>> [InferBackend] Creating Engine ...")
         logger.info(">>> [InferBackend] Use %s to inference ...", device.upper())

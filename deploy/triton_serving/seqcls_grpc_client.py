@@ -9,6 +9,8 @@ Needs tritonclient and NumPy only; copy this one file to the client machine.
 import argparse
 import importlib
 import itertools
+import os
+import signal
 import sys
 from http.client import HTTPException
 
@@ -39,27 +41,58 @@ def parse_args(argv=None):
     add("--url", help=f"host:port; None: localhost with port {ports}")
     add("--model_name", default="seqcls", help="model to ask")
     add("--data_file", help="texts, one per line, UTF-8; None: built-in samples")
-    add("--batch_size", type=positive(int), default=32, help="texts per request, at most 64")
-    add("--connect_timeout", type=positive(float), default=10.0, help="seconds to find the server")
-    add("--timeout", type=positive(float), default=120.0, help="seconds to wait for an answer")
-    return parser.parse_args(argv)
+    add("--batch_size", type=int, default=32, help="texts per request, at most 64")
+    add("--connect_timeout", type=float, default=10.0, help="seconds to find the server")
+    add("--timeout", type=float, default=120.0, help="seconds to wait for an answer")
+    args = parser.parse_args(argv)
+    numbers = args.batch_size, args.connect_timeout, args.timeout
+    if not all(0 < number < float("inf") for number in numbers):
+        parser.error("--batch_size, --connect_timeout and --timeout must be positive")
+    return args
 
 
-def positive(kind):
-    def parse(value):
-        number = kind(value)
-        if not 0 < number < float("inf"):
-            raise argparse.ArgumentTypeError(f"{value} is not above 0")
-        return number
+def main(argv=None):
+    args = parse_args(argv)
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not know every character
+    url = args.url or f"localhost:{PORTS[args.protocol]}"
+    client = Client(url, args.protocol, args.model_name, args.connect_timeout, args.timeout)
+    client.check_ready()
+    print_labels(client, read_texts(args.data_file) if args.data_file else SAMPLES, args.batch_size)
 
-    parse.__name__ = kind.__name__  # argparse names it in "invalid int value"
-    return parse
+
+def print_labels(client, texts, batch_size):
+    texts, first = iter(texts), 1
+    while batch := list(itertools.islice(texts, batch_size)):
+        try:
+            answers = client.classify(batch)
+        except ClientError as error:
+            raise ClientError(f"texts {first} to {first + len(batch) - 1}: {error}") from error
+        for text, (names, scores) in zip(batch, answers):
+            print("text: ", text)
+            print("label: ", ",".join(names))
+            print("confidence: ", ",".join(f"{score:.3f}" for score in scores))
+            print("--------------------", flush=True)
+        first += len(batch)
+
+
+def read_texts(path):
+    """Yields the lines of a UTF-8 file (BOM, LF or CRLF)."""
+    number = 0
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise ClientError(f"{path}:{number}: not valid UTF-8; save it as UTF-8") from error
+            yield text.removesuffix("\n").removesuffix("\r")
+    if number == 0:
+        raise ClientError(f"{path}: empty file; write one text per line")
 
 
 class Client:
     """Texts to labels with the ensemble of a Triton server.
 
-    Raises ClientError if the server is not to be reached or not ready, or refuses a request.
+    Raises ClientError if the server can't be reached, is not ready or refuses a request.
     """
 
     def __init__(self, url, protocol="grpc", model_name="seqcls", connect_timeout=10, timeout=120):
@@ -120,50 +153,14 @@ class Client:
         )
 
 
-def read_texts(path):
-    """Yields the lines of a UTF-8 file (BOM, LF or CRLF)."""
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise ClientError(f"{path}:{number}: not valid UTF-8; save it as UTF-8") from error
-            yield text.removesuffix("\n").removesuffix("\r")
-
-
-def print_labels(client, texts, batch_size):
-    texts, first = iter(texts), 1
-    while batch := list(itertools.islice(texts, batch_size)):
-        try:
-            answers = client.classify(batch)
-        except ClientError as error:
-            raise ClientError(f"texts {first} to {first + len(batch) - 1}: {error}") from error
-        for text, (names, scores) in zip(batch, answers):
-            print("text: ", text)
-            print("label: ", ",".join(names))
-            print("confidence: ", ",".join(f"{score:.3f}" for score in scores))
-            print("--------------------", flush=True)
-        first += len(batch)
-
-
-def main(argv=None):
-    args = parse_args(argv)
-    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not know every character
-    url = args.url or f"localhost:{PORTS[args.protocol]}"
-    client = Client(url, args.protocol, args.model_name, args.connect_timeout, args.timeout)
-    try:
-        client.check_ready()
-        texts = read_texts(args.data_file) if args.data_file else SAMPLES
-        print_labels(client, texts, args.batch_size)
-    finally:
-        client.close()
-
-
 if __name__ == "__main__":
+    # Not by a KeyboardInterrupt: gevent, which tritonclient's HTTP runs on, would print it.
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
     try:
         main()
+    except BrokenPipeError:  # stdout was closed, as by `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes stdout again when it exits
+        sys.exit(141)
     except (ClientError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)

@@ -36,8 +36,9 @@ class TritonPythonModel:
         A row holds its labels in the order of the classes, then b"" and 0 up to the most labels of
         a row. There is at least one column, so that no label is an ordinary answer.
         """
-        # The sigmoid written with tanh, so that nothing overflows; see metric.probabilities.
-        probs = 0.5 * (1.0 + np.tanh(0.5 * logits.astype(np.float32)))
+        logits = logits.astype(np.float32)
+        small = np.exp(-np.abs(logits))  # see metric.probabilities
+        probs = np.where(logits >= 0, 1, small) / (1 + small)
         decisions = self.decide(probs)
         columns = max(1, decisions.sum(axis=1).max())
         names = np.full((len(logits), columns), b"", dtype=np.object_)

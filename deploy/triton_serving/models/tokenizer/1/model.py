@@ -9,6 +9,7 @@ import os
 import numpy as np
 import triton_python_backend_utils as pb_utils
 from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
 # Requests run together only if they are padded to the same length, so lengths are rounded up.
 LENGTH_STEP = 16
@@ -27,10 +28,14 @@ class TritonPythonModel:
             settings = json.load(file)
         self.max_seq_length = settings["max_seq_length"]
         self.max_text_bytes = settings["max_text_bytes"]
-        self.cls_id = self.tokenizer.token_to_id("[CLS]")
-        self.sep_id = self.tokenizer.token_to_id("[SEP]")
-        # With serve.py: it makes the file `draining` when the server shall stop, and knows from the
-        # count how many requests still wait for their answer. This is the first step of a request,
+        ends = [(token, self.tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
+        self.tokenizer.post_processor = TemplateProcessing(
+            single="[CLS] $A [SEP]", special_tokens=ends
+        )
+        self.tokenizer.enable_truncation(self.max_seq_length)
+        self.tokenizer.enable_padding(pad_to_multiple_of=LENGTH_STEP)
+        # serve.py makes the file `draining` when the server is to stop, and learns from the count
+        # how many requests still wait for their answer. This model is the first step of a request,
         # so from then on nothing new is begun and what was begun can be finished.
         self.folder, self.begun, self.count_file = os.environ.get("SEQCLS_DRAIN_DIR"), 0, None
         if self.folder:
@@ -77,16 +82,10 @@ class TritonPythonModel:
             raise ValueError(f"text {row + 1} of the request is not valid UTF-8 ({where})")
 
     def encode(self, texts):
-        """[CLS] text [SEP], tails cut, padded with [PAD] = 0, which the model masks.
+        """Token ids, int64 [texts, length]: a multiple of LENGTH_STEP, at most the model's longest.
 
-        Returns int64 [texts, length], length a multiple of LENGTH_STEP or the model's longest.
+        Shorter rows end in [PAD] = 0, which the model masks.
         """
-        room = self.max_seq_length - 2
-        encodings = self.tokenizer.encode_batch(texts, add_special_tokens=False)
-        rows = [[self.cls_id, *encoding.ids[:room], self.sep_id] for encoding in encodings]
-        longest = max(map(len, rows))
-        length = min(-(-longest // LENGTH_STEP) * LENGTH_STEP, self.max_seq_length)
-        input_ids = np.zeros((len(rows), length), dtype=np.int64)
-        for row, ids in zip(input_ids, rows):
-            row[: len(ids)] = ids
-        return input_ids
+        encodings = self.tokenizer.encode_batch(texts)
+        input_ids = np.array([encoding.ids for encoding in encodings], dtype=np.int64)
+        return input_ids[:, : self.max_seq_length]
