@@ -12,11 +12,11 @@ from types import SimpleNamespace
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import thresholds  # noqa: E402
+import thresholds
 
-import metric  # noqa: E402
-import utils  # noqa: E402
-from utils import UserError, logger  # noqa: E402
+import metric
+import utils
+from utils import UserError, logger
 
 model = utils.LazyModule("model")
 

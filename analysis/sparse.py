@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from augmentation import STRATEGIES, add_augmentation_flags, make_augmenter, new_texts  # noqa: E402
+from augmentation import STRATEGIES, add_augmentation_flags, make_augmenter, new_texts
 
-import utils  # noqa: E402
-from utils import UserError, at_least, logger  # noqa: E402
+import utils
+from utils import UserError, at_least, logger
 
 compat = utils.LazyModule("trustai_compat")
 

@@ -15,8 +15,8 @@ import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import utils  # noqa: E402
-from utils import UserError  # noqa: E402
+import utils
+from utils import UserError
 
 model, paddle = utils.LazyModule("model"), utils.LazyModule("paddle")
 

@@ -23,8 +23,8 @@ from sklearn.linear_model import Ridge
 from sklearn.metrics.pairwise import cosine_distances
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import utils  # noqa: E402
-from utils import UserError  # noqa: E402
+import utils
+from utils import UserError
 
 model, paddle = utils.LazyModule("model"), utils.LazyModule("paddle")
 

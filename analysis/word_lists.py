@@ -15,8 +15,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import utils  # noqa: E402
-from utils import UserError, logger  # noqa: E402
+import utils
+from utils import UserError, logger
 
 jieba = utils.LazyModule("jieba")
 

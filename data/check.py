@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import utils  # noqa: E402
-from utils import UserError, at_least, logger  # noqa: E402
+import utils
+from utils import UserError, at_least, logger
 
 SHOWN = 10  # groups of duplicates and pairs of labels in the text report; report.json has all
 SIZES = [64, 128, 256, 384, 512]  # sequence lengths, [CLS] and [SEP] included

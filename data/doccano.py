@@ -22,8 +22,8 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import utils  # noqa: E402
-from utils import UserError, at_least, logger  # noqa: E402
+import utils
+from utils import UserError, at_least, logger
 
 TEXT_FIELDS = ("data", "text")
 LABEL_FIELDS = ("label", "labels", "choice", "choices")

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import utils  # noqa: E402
-from utils import at_least, logger  # noqa: E402
+import utils
+from utils import at_least, logger
 
 model = utils.LazyModule("model")
 

@@ -109,7 +109,7 @@ def source(tiny_model):
     rng = np.random.default_rng(3)
     config = utils.read_json(tiny_model / "config.json")
     config |= {"layer_norm_eps": 1e-12, "id2label": {str(i): x for i, x in enumerate(LABELS)}}
-    weights = init_model.random_weights(config, rng)
+    weights = init_model.random_weights(models.build_model(tiny_model, len(LABELS)), rng)
     weights |= {"classifier.weight": np.zeros((128, 20), "f4"), "classifier.bias": np.zeros(20)}
     noisy = {k: (v + rng.normal(0, 0.1, v.shape)).astype("f4") for k, v in weights.items()}
     return config, noisy

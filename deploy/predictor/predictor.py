@@ -18,8 +18,8 @@ import onnxruntime as ort
 from filelock import FileLock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
-import utils  # noqa: E402
-from utils import UserError, logger  # noqa: E402
+import utils
+from utils import UserError, logger
 
 OPSET = 13
 INPUTS = ["input_ids", "token_type_ids"]
