@@ -16,11 +16,11 @@ def probabilities(logits):
     """Sigmoid of the logits, float32, same shape.
 
     exp(-|x|) never overflows and keeps the relative precision of probabilities near 0, which decide
-    when a text must get its `min_labels`.
+    when a text must get its `min_labels`. Above a logit of 17 float32 knows 1 only.
     """
     logits = np.asarray(logits, dtype=np.float32)
     small = np.exp(-np.abs(logits))
-    return np.where(logits >= 0, 1, small) / (1 + small)
+    return np.where(logits >= 0, np.float32(1), small) / (1 + small)
 
 
 def decode(probs, thresholds=None, min_labels=0, max_labels=None):
@@ -65,6 +65,18 @@ def bce_sum(logits, targets):
     """Sum of the binary cross-entropy over all elements, computed in float64."""
     x = np.asarray(logits, dtype=np.float64)
     return float(np.sum(np.maximum(x, 0.0) - x * targets + np.log1p(np.exp(-np.abs(x)))))
+
+
+def describe(result):
+    """Dev figures ("loss", "micro_f1", "macro_f1") as the log shows them."""
+    f1 = f"micro f1 score: {result['micro_f1']:.5f}, macro f1 score: {result['macro_f1']:.5f}"
+    return f"eval loss: {result['loss']:.5f}, {f1}"
+
+
+def score(result, name="macro_f1"):
+    """How good dev figures are: the higher F1; while that is 0, the lower loss."""
+    f1 = 0.0 if name == "loss" else result[name]
+    return f1, 0.0 if f1 else -result["loss"]
 
 
 def _ratio(numerator, denominator):

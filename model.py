@@ -25,6 +25,9 @@ import metric
 import utils
 from utils import CONFIG_FILE, WEIGHTS_FILE, UserError, logger, read_json
 
+sys.path.append(str(Path(__file__).resolve().parent / "data"))
+hugging_face = utils.LazyModule("hugging_face")  # only such folders need it
+
 MODEL_CLASSES = {"ernie": "Ernie", "bert": "Bert"}  # model_type: prefix of PaddleNLP's classes
 # What Hugging Face's config.json may say of a model that PaddleNLP computes in the same way.
 ACTIVATIONS = {name: name for name in ("gelu", "relu", "silu")} | {"gelu_python": "gelu"}
@@ -193,13 +196,13 @@ def build_model(folder, num_labels):
             if isinstance(layer, paddle.nn.LayerNorm):  # PaddleNLP's ERNIE always takes 1e-12
                 layer._epsilon = config.layer_norm_eps
         if width_mult := description.get("width_mult"):  # written by prune.py
-            cut_model(model, Fraction(width_mult))
+            narrow_layers(model, Fraction(width_mult))
         return model
     except Exception as error:  # PaddleNLP and Paddle raise almost anything
         raise UserError(f"{path}: no valid model description ({error})") from error
 
 
-def cut_model(model, width_mult):
+def narrow_layers(model, width_mult):
     """Makes a model of full width narrower in place; the new layers hold no trained weights.
 
     Attention keeps `width_mult` of its heads, the feed-forward layer of its neurons (rounded down).
@@ -289,9 +292,6 @@ def load_folder(folder, labels):
             weights = {encoder + key: value for key, value in weights.items()}
     else:
         path = folder
-        sys.path.append(str(Path(__file__).resolve().parent / "data"))
-        import hugging_face  # only such folders need it
-
         weights = hugging_face.read_weights(folder, new, encoder)
     names = read_json(folder / CONFIG_FILE).get("id2label") or {}
     same_labels = [names[i] for i in sorted(names, key=int)] == labels
@@ -403,12 +403,6 @@ def evaluate(model, encoded, label_ids, num_labels, batch_size):
     counts = metric.MultiLabelCounts.from_array(all_reduce(counts.to_array()))
     loss = float(all_reduce(losses).sum()) / (len(encoded) * num_labels)
     return {"loss": loss, "micro_f1": counts.micro_f1, "macro_f1": counts.macro_f1}
-
-
-def score(result, name="macro_f1"):
-    """How good an evaluation is: the higher F1; while that is 0, the lower dev loss."""
-    f1 = 0.0 if name == "loss" else result[name]
-    return f1, 0.0 if f1 else -result["loss"]
 
 
 # ----------------------------------------------------------------------------------------- save

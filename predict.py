@@ -11,7 +11,6 @@ import itertools
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 import utils
 from utils import UserError, logger
@@ -43,7 +42,9 @@ def main(argv=None):
     label_path = Path(args.dataset_dir) / (args.label_file or "label.txt")
     inputs = [data_path, label_path, *utils.model_files(args.params_path)]
     utils.check_outputs([output], inputs)
-    texts = utils.peeked(utils.read_texts(data_path))
+    texts = utils.read_texts(data_path)
+    if not data_path.is_fifo():
+        texts = utils.peeked(texts)
     model.set_device(args.device)
     rank, world_size = paddle.distributed.get_rank(), paddle.distributed.get_world_size()
     if world_size > 1:
@@ -56,40 +57,29 @@ def main(argv=None):
         paddle.distributed.init_parallel_env()
     settings = {"batch_size": args.batch_size, "long_text": args.long_text}
     labeller = model.load_labeller(args.params_path, args.device, info, **settings)
+    jsonl = output.suffix == ".jsonl"
     if world_size == 1:
         with utils.atomic_file(output) as file:
-            write(args, labeller, texts, file)
+            labeller.write(file, texts, jsonl, args.output_scores)
     else:
-        write_in_parts(args, labeller, texts, output)
+        write_in_parts(args, labeller, texts, output, jsonl)
     if rank == 0:
-        labeller.warn_cut()
+        labeller.log_truncation()
         logger.info("Prediction results save in %s.", args.output_file)
 
 
-def write(args, labeller, texts, file, rank=0, world_size=1):
-    """Labels the rank's share of the texts; the first rank's part begins with the header."""
-    labels, jsonl = labeller.info.labels, Path(args.output_file).suffix == ".jsonl"
-    if rank == 0:
-        utils.write_header(file, labels, jsonl, args.output_scores)
-    chunks = labeller.stream(texts, rank, world_size)
-    for chunk, decisions, probs in tqdm(chunks, unit="chunk", disable=None):
-        scores = probs if args.output_scores else None
-        utils.write_rows(file, chunk, labeller.names(decisions), labels, jsonl, scores)
-
-
-def write_in_parts(args, labeller, texts, output):
+def write_in_parts(args, labeller, texts, output, jsonl):
     """Every rank writes its chunks beside the output; rank 0 merges them when all are there."""
     rank, world_size = paddle.distributed.get_rank(), paddle.distributed.get_world_size()
     parts = [output.with_name(f".{output.name}.part{i}.tmp") for i in range(world_size)]
     try:
         with utils.atomic_file(parts[rank]) as file:
-            write(args, labeller, texts, file, rank, world_size)
-        counts = model.all_reduce(np.array([labeller.total, labeller.cut]))
-        labeller.total, labeller.cut = counts.tolist()  # and all parts are complete now
+            labeller.write(file, texts, jsonl, args.output_scores, rank, world_size)
+        counts = model.all_reduce(np.array([labeller.num_texts, labeller.num_cut]))
+        labeller.num_texts, labeller.num_cut = counts.tolist()  # and all parts are complete now
         if rank == 0:
-            header_lines = 0 if output.suffix == ".jsonl" else 1
             with utils.atomic_file(output) as file:
-                merge_parts(file, parts, labeller.chunk_size, header_lines)
+                merge_parts(file, parts, labeller.chunk_size, header_lines=0 if jsonl else 1)
     finally:
         if rank == 0:
             for part in parts:

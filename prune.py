@@ -65,7 +65,7 @@ def parse_args(argv=None):
 
     args, others = parser.parse_known_args(argv)
     if others and others[0].startswith("-"):
-        raise UserError(f"{others[0]} has no effect on pruning; leave it out (see --help)")
+        raise UserError(f"{others[0]}: unknown, or without effect on pruning; see --help")
     if others:
         parser.error(f"unrecognized arguments: {' '.join(others)}")
     if args.num_train_epochs == 0 and args.max_steps <= 0:
@@ -154,7 +154,7 @@ def read_data(args, info):
     for name in ("train.txt", "dev.txt"):
         texts, label_ids = utils.read_examples(data / name, info.labels)
         encoded, cut = utils.encode(texts, tokenizer, args.max_seq_length)
-        utils.warn_cut(cut, len(texts), args.max_seq_length)
+        utils.log_truncation(cut, len(texts), args.max_seq_length)
         sets.append((encoded, label_ids))
     return sets
 

@@ -24,6 +24,7 @@ from paddleslim.nas.ofa import OFA
 from paddleslim.nas.ofa.convert_super import Convert, supernet
 from paddleslim.nas.ofa.layers import SuperLayerNorm
 
+import metric
 import model
 import utils
 from utils import UserError, logger
@@ -33,10 +34,10 @@ LAMBDA_HIDDEN = 0.1  # weight of the hidden states' distance
 
 
 # ---------------------------------------------------------------------------------- importance
-def weight_importance(teacher, examples, num_labels, batch_size):
+def weight_importance(teacher, dataset, num_labels, batch_size):
     """How much the loss would change if a head or a neuron were left out, to first order.
 
-    examples: (token ids, label ids). Returns (heads [layers, heads], neurons [layers, inner]).
+    dataset: (token ids, label ids). Returns (heads [layers, heads], neurons [layers, inner]).
     A head h is masked by multiplying its rows of the output projection W with m_h = 1, so that
     d loss / d m_h = sum of W * d loss / d W over these rows: no mask has to run through the model.
     The same holds for a neuron's column of linear1 (with its bias) and its row of linear2.
@@ -49,9 +50,9 @@ def weight_importance(teacher, examples, num_labels, batch_size):
     def taylor(parameter):
         return (parameter * parameter.grad).numpy().astype(np.float64)
 
-    plan = utils.batches([len(ids) for ids in examples[0]], batch_size)
+    plan = utils.batches([len(ids) for ids in dataset[0]], batch_size)
     for index in plan[dist.get_rank() :: dist.get_world_size()]:
-        batch, targets = make_batch(examples, index, num_labels)
+        batch, targets = make_batch(dataset, index, num_labels)
         model.scaled_backward(F.binary_cross_entropy_with_logits(teacher(**batch), targets))
         model.unscale(teacher.parameters())
         for i, layer in enumerate(layers):
@@ -131,15 +132,15 @@ class Supernet:
 
 
 def narrow_model(params_path, num_labels, width_mult, device):
-    """A model of this width on the device, in eval mode; `cut` gives it weights."""
+    """A model of this width on the device, in eval mode; `set_student_weights` gives it weights."""
     model.set_device(device)
     student = model.build_model(params_path, num_labels)
-    model.cut_model(student, width_mult)
+    model.narrow_layers(student, width_mult)
     student.eval()
     return student
 
 
-def cut(weights, student):
+def set_student_weights(student, weights):
     """Sets a narrow model to the first heads and neurons of full-width `weights`."""
     shapes = {name: value.shape for name, value in student.state_dict().items()}
     kept = {name: weights[name][tuple(map(slice, shape))] for name, shape in shapes.items()}
@@ -181,10 +182,10 @@ def bce(logits, targets):
     return loss.sum(axis=-1).mean()
 
 
-def make_batch(examples, index, num_labels):
+def make_batch(dataset, index, num_labels):
     """(model inputs, 0/1 targets [batch, classes]) as tensors."""
-    batch = utils.pad([examples[0][i] for i in index])
-    targets = utils.multi_hot([examples[1][i] for i in index], num_labels)
+    batch = utils.pad([dataset[0][i] for i in index])
+    targets = utils.multi_hot([dataset[1][i] for i in index], num_labels)
     return {k: paddle.to_tensor(v) for k, v in batch.items()}, paddle.to_tensor(targets)
 
 
@@ -201,9 +202,7 @@ def wait_for_rank_0(calls):
 
 
 def log_evaluation(name, result, seconds):
-    logger.info(
-        "%s, eval loss: %.5f, micro f1 score: %.5f, macro f1 score: %.5f", name, *result.values()
-    )
+    logger.info("%s, %s", name, metric.describe(result))
     logger.info("eval done total : %s s", seconds)
 
 
@@ -212,26 +211,26 @@ class Pruner:
     """One teacher, any number of widths; each starts from the teacher, none shrinks the next.
 
     args: the flags of prune.py.
-    examples, dev_examples: (token ids, label ids) of the texts.
+    train_set, dev_set: (token ids, label ids) of the texts.
     """
 
-    def __init__(self, args, teacher, labels, examples, dev_examples):
+    def __init__(self, args, teacher, labels, train_set, dev_set):
         self.args, self.teacher, self.labels = args, teacher, labels
-        self.examples, self.dev_examples = examples, dev_examples
+        self.train_set, self.dev_set = train_set, dev_set
         self.num_labels, self.saves = len(labels), 0
         start = time.time()
-        result = self.evaluate(teacher)
+        result = self.dev_figures(teacher)
         log_evaluation("teacher model", result, time.time() - start)
         rng = np.random.default_rng(args.seed)
-        some = rng.permutation(len(examples[0]))[:IMPORTANCE_TEXTS]
-        chosen = tuple([part[i] for i in some] for part in examples)
+        some = rng.permutation(len(train_set[0]))[:IMPORTANCE_TEXTS]
+        chosen = tuple([part[i] for i in some] for part in train_set)
         batch_size = args.per_device_eval_batch_size
         scores = weight_importance(teacher, chosen, self.num_labels, batch_size)
         reorder(teacher, *scores)
 
-    def evaluate(self, network):
+    def dev_figures(self, network):
         batch_size = self.args.per_device_eval_batch_size
-        return model.evaluate(network, *self.dev_examples, self.num_labels, batch_size)
+        return model.evaluate(network, *self.dev_set, self.num_labels, batch_size)
 
     def prune(self, width_mult):
         """Distils a student of this width; leaves the best one in its folder, returns its figures.
@@ -247,7 +246,7 @@ class Pruner:
         ]
         supernet = Supernet(self.teacher, width_mult)
         supernet.model.train()
-        lengths = [len(ids) for ids in self.examples[0]]
+        lengths = [len(ids) for ids in self.train_set[0]]
         batch_size = args.per_device_train_batch_size
         steps_per_epoch = -(-(-(-len(lengths) // batch_size)) // world_size)
         total_steps = math.ceil(args.num_train_epochs * steps_per_epoch)
@@ -289,7 +288,7 @@ class Pruner:
         """One step on a batch (an index array); returns its loss."""
         seed = np.random.SeedSequence((self.args.seed, step, dist.get_rank()))
         paddle.seed(int(seed.generate_state(1)[0]))
-        batch, targets = make_batch(self.examples, indices, self.num_labels)
+        batch, targets = make_batch(self.train_set, indices, self.num_labels)
         with paddle.no_grad(), hidden_states(self.teacher) as teacher_states:
             teacher_logits = self.teacher(**batch)
         with model.fast_dropout(seed), hidden_states(supernet.model) as student_states:
@@ -311,15 +310,15 @@ class Pruner:
         """Evaluates the cut student; saves it if it is the best; returns the best figures."""
         start, weights = time.time(), supernet.weights()
         exported, student = students
-        cut(weights, student)
-        result = self.evaluate(student)
+        set_student_weights(student, weights)
+        result = self.dev_figures(student)
         log_evaluation(f"width_mult: {float(width_mult)}", result, time.time() - start)
         if not np.isfinite(result["loss"]):
             raise UserError(f"dev loss is {result['loss']}: lower --learning_rate")
-        if best is not None and model.score(result) <= model.score(best):
+        if best is not None and metric.score(result) <= metric.score(best):
             return best
         if dist.get_rank() == 0:
-            cut(weights, exported)
+            set_student_weights(exported, weights)
             self.save(exported, width_mult, {**progress, **result})
         self.saves += 1
         wait_for_rank_0(self.saves)

@@ -39,9 +39,9 @@ BEST = {"macro_f1": "macro f1 score", "micro_f1": "micro f1 score", "loss": "los
 FOCAL_GAMMA = 2.0  # Lin et al. 2017, section 5
 ASL_GAMMA, ASL_MARGIN = 4.0, 0.05  # of the negatives; 0 of the positives; Ridnik et al. 2021, 3.3
 # Flags that may differ between a stopped run and its continuation: they do not change the weights,
-# or what they name is in the state. The content of what they name is compared (see identity_of).
+# or it is the content of what they name that counts (see identity_of).
 FREE_FLAGS = {"resume", "logging_steps", "save_steps", "visualdl_dir", "save_dir", "dataset_dir"}
-FREE_FLAGS |= {"model_name", "init_from_ckpt", "train_file", "dev_file", "label_file"}
+FREE_FLAGS |= {"model_name", "train_file", "dev_file", "label_file"}
 
 
 def parse_args(argv=None):
@@ -116,12 +116,13 @@ def parse_args(argv=None):
         raise UserError(f"--dropout {args.dropout}: a rate is at least 0 and below 1")
     if args.amp and args.device == "cpu":
         raise UserError("--amp needs a GPU; leave it out with --device cpu")
-    if os.path.realpath(args.save_dir) == os.path.realpath(args.model_name):
+    is_folder = Path(args.model_name).is_dir()
+    if is_folder and os.path.realpath(args.save_dir) == os.path.realpath(args.model_name):
         raise UserError(
             f"--save_dir {args.save_dir} is the --model_name folder, whose weights the training "
             "would replace; give another folder"
         )
-    if not Path(args.model_name).is_dir() and args.model_name not in MODEL_NAMES:
+    if not is_folder and args.model_name not in MODEL_NAMES:
         names = ", ".join(MODEL_NAMES)
         raise UserError(f"--model_name {args.model_name}: neither a folder nor one of {names}")
     return args
@@ -142,12 +143,13 @@ def main(argv=None):
     paddle.seed(args.seed)
     with tempfile.TemporaryDirectory() as work_dir, logging_redirect_tqdm([logger]):
         net, tokenizer_dir = load_pretrained(args.model_name, labels, Path(work_dir))
+        start = start_sha256(net)
         configure(net, args, labels)
         tokenizer = utils.load_tokenizer(tokenizer_dir)
         encoded, cut = utils.encode(texts, tokenizer, args.max_seq_length)
         dev_encoded, dev_cut = utils.encode(dev_texts, tokenizer, args.max_seq_length)
         train_set, dev_set = (encoded, label_ids), (dev_encoded, dev_label_ids)
-        identity = identity_of(args, net, labels, train_set, dev_set)
+        identity = identity_of(args, start, labels, train_set, dev_set)
         check_identity(identity, model.on_rank_0(lambda: identity), "differ(s) from rank 0's")
         if finished is not None:
             hint = "changed since the run was finished; train in another --save_dir"
@@ -155,7 +157,7 @@ def main(argv=None):
             logger.info("%s holds a finished run; nothing to resume", args.save_dir)
             return
         total = len(encoded) + len(dev_encoded)
-        utils.warn_cut(cut + dev_cut, total, args.max_seq_length)
+        utils.log_truncation(cut + dev_cut, total, args.max_seq_length)
         for name, ids in (("Train", encoded), ("Dev", dev_encoded)):
             logger.info("%s set: %d texts, %d tokens", name, len(ids), sum(map(len, ids)))
         remove_leftovers(Path(args.save_dir))
@@ -254,13 +256,13 @@ class Trainer:
             if progress.log_size == 0:
                 self.log.write("start", 0, model_name=args.model_name, flags=self.identity)
         if not resumed:
-            self.save_state()  # so that --resume never depends on the model folder's weights
+            self.save_state()  # --init_from_ckpt may be what the first best model replaces
         while progress.epoch < args.epochs:
             if args.early_stop and progress.stale_epochs >= args.early_stop_nums:
                 logger.info("Early stop!")
                 break
             self.train_epoch()
-            self.evaluate()
+            self.keep_best()
             progress.epoch, progress.step, progress.counts = progress.epoch + 1, 0, None
             self.save_state()
         if self.rank == 0:
@@ -349,28 +351,28 @@ class Trainer:
         paddle.seed(int(seed.generate_state(1)[0]))
         batch = utils.pad([self.train_set[0][i] for i in indices])
         targets = utils.multi_hot([self.train_set[1][i] for i in indices], self.num_labels)
-        alone = self.world_size == 1 or exchange
-        with contextlib.nullcontext() if alone else self.parallel.no_sync():
+        silent = self.world_size > 1 and not exchange
+        with self.parallel.no_sync() if silent else contextlib.nullcontext():
             with model.fast_dropout(seed), paddle.amp.auto_cast(enable=self.args.amp):
                 logits = self.parallel(**{k: paddle.to_tensor(v) for k, v in batch.items()})
                 loss = self.loss_function(logits, paddle.to_tensor(targets))
             model.scaled_backward(self.scaler.scale(loss * weight))
         return logits.detach(), targets, loss.detach()
 
-    def evaluate(self):
+    def keep_best(self):
         """Evaluates on dev; saves the model if it is the best so far."""
         args, progress = self.args, self.progress
         result = model.evaluate(self.net, *self.dev_set, self.num_labels, args.batch_size)
-        logger.info("eval loss: %.5f, micro f1 score: %.5f, macro f1 score: %.5f", *result.values())
+        logger.info(metric.describe(result))
         if not np.isfinite(result["loss"]):
             raise UserError(
                 f"dev loss is {result['loss']} after epoch {progress.epoch + 1}: lower "
                 "--learning_rate or set --max_grad_norm 1; the best model of the earlier epochs is "
                 "kept"
             )
-        score, best = model.score(result, args.metric_for_best), progress.best
+        score, best = metric.score(result, args.metric_for_best), progress.best
         progress.stale_epochs += 1
-        if best is None or score > model.score(best, args.metric_for_best):
+        if best is None or score > metric.score(best, args.metric_for_best):
             progress.stale_epochs, progress.best = 0, result
         if self.rank == 0:
             self.log.write("eval", progress.global_step, epoch=progress.epoch + 1, **result)
@@ -494,19 +496,29 @@ def finished_run(args):
         raise UserError(f"{log}:1: damaged line; train in another --save_dir") from error
 
 
-def identity_of(args, net, labels, train_set, dev_set):
+def sha256(content):
+    return hashlib.sha256(content).hexdigest()
+
+
+def start_sha256(net):
+    """Of a model as it was loaded: its description and its weights, a new classifier's included."""
+    digest = hashlib.sha256(json.dumps(net.config.to_dict(), sort_keys=True).encode())
+    for name, parameter in net.state_dict().items():
+        digest.update(name.encode())
+        digest.update(parameter.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def identity_of(args, start, labels, train_set, dev_set):
     """What a run's weights depend on: flags, number of ranks, and the content of the files.
 
-    The sets count as token ids and class ids, so that the tokenizer is part of them.
+    start: see start_sha256. The sets count as token ids and class ids, so that the tokenizer is
+    part of them.
     """
-
-    def sha256(content):
-        return hashlib.sha256(content).hexdigest()
-
     identity = {key: value for key, value in vars(args).items() if key not in FREE_FLAGS}
     identity["number of processes"] = paddle.distributed.get_world_size()
     identity["label_file"] = sha256(json.dumps(labels).encode())
-    identity["model_name"] = sha256(json.dumps(net.config.to_dict(), sort_keys=True).encode())
+    identity["model_name"] = start
     for name, examples in (("train_file", train_set), ("dev_file", dev_set)):
         rows = (np.array([len(ids), *ids], np.int32) for part in examples for ids in part)
         identity[name] = sha256(b"".join(row.tobytes() for row in rows))
@@ -557,7 +569,12 @@ class TrainLog:
         """The curves of loss and F1 as a PNG."""
         from matplotlib.figure import Figure  # takes a second to import
 
-        records = [json.loads(line) for line in self.path.read_bytes().splitlines()]
+        records = []
+        for index, line in enumerate(self.path.read_bytes().splitlines(), 1):
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                logger.warning("%s:%d: damaged line; the curves are without it", self.path, index)
         figure = Figure(figsize=(11, 4), layout="tight")
         axes = figure.subplots(1, 2)
         curves = (0, "train", "loss"), (0, "eval", "loss"), (1, "eval", "micro_f1")

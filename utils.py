@@ -41,6 +41,7 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model_state.pdparams"
 TOKENIZER_FILES = ("vocab.txt", "tokenizer_config.json", "special_tokens_map.json")
 ONNX_FILES = {"fp32": "model.onnx", "fp16": "fp16_model.onnx", "int8": "int8_model.onnx"}
+LOCK_FILE = ".multi_label.lock"
 SPECIAL_TOKENS = ("[PAD]", "[CLS]", "[SEP]", "[MASK]", "[UNK]")
 MAX_REPORTED = 10  # offending lines listed in one error message
 MAX_LINE = 500_000  # bytes; longer than any document, so the file has lost its line ends
@@ -85,29 +86,30 @@ class LazyModule:
             module = importlib.import_module(self._name)
         except ModuleNotFoundError as error:
             raise UserError(f"{error}; install what requirements.txt lists") from error
+        if _interrupted:  # PaddleNLP catches everything around some of its imports
+            raise KeyboardInterrupt
         return getattr(module, attribute)
 
 
 # ----------------------------------------------------------------------------- command line
+_interrupted = False  # by Ctrl-C
+
+
 def cli(main):
     """Runs a script's `main()`. Its exit status is 2 after an error of the user, which becomes one
     message, and as in a shell 130 after Ctrl-C, 143 after SIGTERM, 141 if nobody reads stdout."""
-    interrupted, status = False, 2
-
-    def interrupt(*_):
-        nonlocal interrupted
-        interrupted = True
-        raise KeyboardInterrupt
-
+    status = 2
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # which a background job inherits
-        signal.signal(signal.SIGINT, interrupt)
+        signal.signal(signal.SIGINT, _interrupt)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that temporary files are removed
     sys.unraisablehook = _unraisable
     try:
         main()
-        return sys.stdout.flush()
+        if sys.stdout:  # closed from the start in `script >&-`
+            sys.stdout.flush()
+        return
     except (Exception, KeyboardInterrupt) as error:
-        if interrupted or isinstance(error, KeyboardInterrupt):  # libraries wrap it now and then
+        if _interrupted or isinstance(error, KeyboardInterrupt):  # libraries wrap it now and then
             message, status = "interrupted; no file was left half-written", 130
         elif isinstance(error, BrokenPipeError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes stdout when it exits
@@ -121,6 +123,12 @@ def cli(main):
             raise
     print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(status)
+
+
+def _interrupt(*_):
+    global _interrupted
+    _interrupted = True
+    raise KeyboardInterrupt
 
 
 def _unraisable(event):
@@ -179,10 +187,18 @@ def add_decision_flags(parser, source):
 
 
 def num_cores():
-    """Physical cores that this process may use: its CPU affinity and a container's quota count."""
+    """Physical cores that this process may use; two threads of one core share its arithmetic.
+
+    CPU affinity and a container's quota count.
+    """
     import joblib  # takes a moment
 
-    return joblib.cpu_count(only_physical_cores=True)
+    cores = set()
+    for cpu in os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else []:
+        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        cores.add(siblings.read_text() if siblings.exists() else cpu)
+    usable = joblib.cpu_count(only_physical_cores=True)
+    return min(len(cores), usable) if cores else usable
 
 
 # ---------------------------------------------------------------------------------------- read
@@ -435,14 +451,14 @@ def encode(texts, tokenizer, max_seq_length, long_text="truncate"):
     return encoded, cut
 
 
-def warn_cut(cut, total, max_seq_length, long_text="truncate"):
+def log_truncation(cut, total, max_seq_length, long_text="truncate"):
     """Logs how many texts were cut, or split into windows."""
-    figures = cut, total, 100 * cut / max(1, total), max_seq_length
-    message = "%d of %d texts (%.1f%%) are longer than max_seq_length %d; "
+    share = f"{cut} of {total} texts ({100 * cut / max(1, total):.1f}%)"
+    message = f"{share} are longer than max_seq_length {max_seq_length}; "
     if cut and long_text == "truncate":
-        logger.warning(message + "their tails are cut", *figures)
+        logger.warning(message + "their tails are cut")
     elif cut:
-        logger.info(message + "they were split into windows", *figures)
+        logger.info(message + "they were split into windows")
 
 
 # --------------------------------------------------------------------------------------- batch
@@ -529,12 +545,12 @@ class Labeller:
         self.forward, self.tokenizer, self.info = forward, tokenizer, info
         self.batch_size, self.long_text, self.desc = batch_size, long_text, desc
         self.num_outputs = num_outputs or len(info.labels)
-        self.total = self.cut = 0  # texts so far; those that were cut or split into windows
+        self.num_texts = self.num_cut = 0  # texts so far; those that were cut or split into windows
 
     def encode(self, texts):
         """Token ids of the texts; see `encode` above."""
         encoded, cut = encode(texts, self.tokenizer, self.info.max_seq_length, self.long_text)
-        self.total, self.cut = self.total + len(texts), self.cut + cut
+        self.num_texts, self.num_cut = self.num_texts + len(texts), self.num_cut + cut
         return encoded
 
     def logits(self, texts):
@@ -562,16 +578,27 @@ class Labeller:
         Memory does not grow with the iterable `texts`, and [texts, classes] of a chunk stays small
         with many labels. Of several ranks each labels the chunks rank, rank + world_size, ...
         """
+        self.num_texts = self.num_cut = 0
         for index, chunk in enumerate(chunks(texts, self.chunk_size)):
             if index % world_size == rank:
                 yield chunk, *self.decide(chunk)
+
+    def write(self, file, texts, jsonl, output_scores, rank=0, world_size=1):
+        """Writes a row for each of the texts that `stream` gives the rank; see write_rows."""
+        labels = self.info.labels
+        if rank == 0:
+            write_header(file, labels, jsonl, output_scores)
+        stream = self.stream(texts, rank, world_size)
+        for chunk, decisions, probs in tqdm(stream, unit="chunk", disable=None):
+            scores = probs if output_scores else None
+            write_rows(file, chunk, self.names(decisions), labels, jsonl, scores)
 
     @property
     def chunk_size(self):
         return min(CHUNK, max(1, CHUNK_CELLS // len(self.info.labels)))
 
-    def warn_cut(self):
-        warn_cut(self.cut, self.total, self.info.max_seq_length, self.long_text)
+    def log_truncation(self):
+        log_truncation(self.num_cut, self.num_texts, self.info.max_seq_length, self.long_text)
 
 
 # ---------------------------------------------------------------------------------- model folders
@@ -814,26 +841,18 @@ def write_files(folder, contents):
             os.fsync(file.fileno())
 
 
-_locked = set()  # folders that this process has locked
-
-
 @contextlib.contextmanager
 def folder_lock(path):
     """One writer at a time: a second process waits here until the first has left the block.
 
     The lock file in the folder goes at the end; one that a killed process left locks nothing.
     """
-    path = Path(os.path.realpath(path))
-    if path in _locked:
-        yield
-        return
-    with FileLock(path / ".lock"):
-        _locked.add(path)
+    file = Path(path) / LOCK_FILE
+    with FileLock(file):
         try:
             yield
         finally:
-            _locked.discard(path)
-            (path / ".lock").unlink(missing_ok=True)
+            file.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -844,8 +863,8 @@ def atomic_folder(path):
     second process that writes to the same folder waits for the first. Raises UserError if it can't
     be written; the old files then stay.
     """
-    path, temporary = Path(path), Path(path) / ".new.tmp"
-    is_new = not path.exists()
+    path = Path(os.path.realpath(path))
+    temporary, is_new = path / ".new.tmp", not path.exists()
     try:
         path.mkdir(parents=True, exist_ok=True)
         with folder_lock(path):

@@ -84,11 +84,11 @@ def main(argv=None):
     reports = {}
     if "train" in examples:
         labeller.desc = "train"
-        reports["train"] = evaluate(labeller, *examples["train"])
+        reports["train"] = report_of(labeller, *examples["train"])
     labeller.desc = "dev"
     with utils.atomic_file(args.bad_case_path) as file:
         file.write("Prediction\tLabel\tText\n")
-        reports["dev"] = evaluate(labeller, *examples["dev"], file, kept)
+        reports["dev"] = report_of(labeller, *examples["dev"], file, kept)
     log_report(reports["dev"], reports.get("train"))
     logger.info("Bad case in dev dataset saved in %s", args.bad_case_path)
     if args.tune_thresholds:
@@ -103,14 +103,13 @@ def main(argv=None):
         logger.info("Page saved in %s; open it in a browser", args.report_path)
 
 
-def evaluate(labeller, texts, label_ids, file=None, kept=None):
+def report_of(labeller, texts, label_ids, file=None, kept=None):
     """Figures of one set, a chunk of texts at a time; see metric.MultiLabelCounts.report.
 
     `file` gets the texts that are labelled wrongly, `kept` (see new_kept) the rest.
     """
     labels, start = labeller.info.labels, 0
     counts = metric.MultiLabelCounts(len(labels))
-    labeller.total = labeller.cut = 0
     for chunk, decisions, probs in labeller.stream(texts):
         rows = slice(start, start + len(chunk))
         start += len(chunk)
@@ -124,7 +123,7 @@ def evaluate(labeller, texts, label_ids, file=None, kept=None):
             kept.probs[rows], kept.targets[rows] = probs, targets
             kept.predicted += predicted
             kept.untuned.update(metric.decode(probs, **labeller.info.limits), targets)
-    labeller.warn_cut()
+    labeller.log_truncation()
     return counts.report(labels)
 
 

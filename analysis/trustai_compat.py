@@ -67,7 +67,7 @@ class Encoder:
             self.forward, self.tokenizer, self.info, self.batch_size, **settings
         )
         features = runner.logits(texts)
-        runner.warn_cut()
+        runner.log_truncation()
         return features
 
     def _explain(self, name, features):

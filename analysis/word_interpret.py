@@ -33,9 +33,6 @@ STEPS = 64  # points on the path of ig
 SHAP_SAMPLES, SHAP_NOISE = 32, 0.1  # points of grad; noise in units of the embeddings' deviation
 LIME_SAMPLES, LIME_WIDTH = 500, 0.25  # texts with words replaced; kernel width in cosine distance
 BATCH = 32  # points or texts per forward pass
-# The gradients of a confident model are so small that intermediate results are subnormal numbers,
-# with which some processors compute slowly. A power of two can be taken out again exactly.
-LOGIT_SCALE = 2.0**20
 
 
 @dataclass(frozen=True)
@@ -145,11 +142,11 @@ class WordInterpreter:
             gradients = []
             for i in ids:
                 leaf.clear_gradient()
-                (logits[:, i].sum() * LOGIT_SCALE).backward(retain_graph=True)
+                (logits[:, i].sum() * model.LOSS_SCALE).backward(retain_graph=True)
                 gradients.append(leaf.grad.numpy())
             self.model.clear_gradients()
             total = total + np.stack(gradients).sum(axis=1)
-        return total / len(points) / LOGIT_SCALE
+        return total / len(points) / model.LOSS_SCALE
 
     def _ig(self, *args):
         return self._along_path(*args, (np.arange(STEPS) + 0.5) / STEPS)  # midpoint rule

@@ -355,6 +355,22 @@ def test_the_user_s_own_empty_folder_stays(tmp_path):
     assert os.listdir(tmp_path / "mine") == []
 
 
+def test_the_user_s_own_lock_file_stays(tmp_path):
+    (tmp_path / ".lock").write_text("mine")
+    write_folder(tmp_path, **OLD)
+    assert content_of(tmp_path) == {".lock": "mine", **OLD}
+
+
+def test_a_relative_folder_that_cannot_be_written(tmp_path, monkeypatch):
+    """The message names the folder and not a file that only we know of."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model" / utils.LOCK_FILE).mkdir(parents=True)
+    (tmp_path / "link").symlink_to("model")
+    for name in ("model", "link"):
+        with pytest.raises(UserError, match="^cannot write .*/model: .*nothing was replaced"):
+            write_folder(name, **OLD)
+
+
 def test_a_config_that_is_not_written_stays(tmp_path):
     """Several new files, but none of a model, in a folder that has a config.json of its own."""
     write_folder(tmp_path / "model", **OLD)

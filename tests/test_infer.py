@@ -410,7 +410,7 @@ def test_broken_bundles(own_bundle, data, tmp_path, run_cli, break_it, message):
 
 
 def test_a_bundle_that_cannot_be_written(own_bundle, data, run_cli):
-    (own_bundle / ".onnx.lock").mkdir()  # as for a read-only folder the lock can't be made
+    (own_bundle / utils.LOCK_FILE).mkdir()  # as for a read-only folder the lock can't be made
     status, err = run_cli(infer.main, argv(own_bundle, data, "--use_quantize"))
     assert status == 2 and "int8_model.onnx: Is a directory; run once where the bundle can" in err
     assert run_cli(infer.main, argv(own_bundle, data))[0] == 0  # model.onnx is there

@@ -475,6 +475,31 @@ def test_nobody_reads_the_output():
     assert run.stdout.split("\n") == ["x" * 1000, "141", ""] and run.stderr == ""
 
 
+def test_stdout_closed_from_the_start():
+    command = f"{shlex.quote(sys.executable)} -c 'import utils; utils.cli(lambda: None)' >&-"
+    run = subprocess.run(["bash", "-c", command], cwd=REPO, capture_output=True, text=True)
+    assert (run.returncode, run.stderr) == (0, "")
+
+
+def test_ctrl_c_that_an_import_swallows(tmp_path):
+    """As PaddleNLP does around some of its imports."""
+    (tmp_path / "greedy.py").write_text(
+        "import os, signal, time\n"
+        "try:\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    time.sleep(60)\n"
+        "except:\n"
+        "    pass\n"
+        "x = 1\n"
+    )
+    code = f"import sys, utils; sys.path.append({str(tmp_path)!r})\n"
+    code += "greedy = utils.LazyModule('greedy')\n"
+    code += "utils.cli(lambda: print(greedy.x))"
+    run = run_code(code, timeout=50)
+    assert (run.returncode, run.stdout) == (130, "")
+    assert run.stderr == "error: interrupted; no file was left half-written\n"
+
+
 def test_help_and_mistyped_flags_do_not_wait_for_paddle():
     code = "import sys, {0}\ntry: {0}.parse_args({1})\nexcept SystemExit: pass\n"
     code += "print([m for m in sys.modules if m.startswith(('paddle.', 'paddlenlp', 'scipy'))])"

@@ -318,8 +318,8 @@ def test_resume_of_a_finished_run_with_other_flags(finished, small_data, tiny_mo
     assert status == 2 and "epochs changed since the run was finished" in err
 
 
-def test_resume_does_not_depend_on_the_start_model(small_data, tiny_model, tmp_path, monkeypatch):
-    """The folder may move, be spelled otherwise and even lose its weights after the start."""
+def test_resume_after_the_model_folder_moved(small_data, tiny_model, tmp_path, monkeypatch):
+    """The folder may move or be spelled otherwise after the start."""
     flags = ["--epochs", "2"]
     train.main(argv(small_data, tiny_model, tmp_path / "whole", *flags))
     model = shutil.copytree(tiny_model, tmp_path / "model")
@@ -333,35 +333,49 @@ def test_resume_does_not_depend_on_the_start_model(small_data, tiny_model, tmp_p
         patch.setattr(train.Trainer, "save_state", stop_after_the_first)
         with pytest.raises(KeyboardInterrupt):
             train.main(argv(small_data, model, tmp_path / "stopped", *flags))
-    moved = model.rename(tmp_path / "moved")
-    path = moved / utils.WEIGHTS_FILE
-    zeros = {name: 0 * array for name, array in models.load_weights(path).items()}
-    with open(path, "wb") as file:
-        models.save_weights(file, zeros)
+    model.rename(tmp_path / "moved")
     monkeypatch.chdir(tmp_path)
     train.main([*argv(small_data, "./moved", tmp_path / "stopped", *flags), "--resume"])
     assert same_weights(tmp_path / "whole", tmp_path / "stopped")
 
 
 def test_resume_with_another_model_is_refused(small_data, tiny_model, tmp_path, run_cli):
-    """Its architecture or its vocabulary differs; the state alone would not show it."""
+    """Its architecture, vocabulary or weights differ; the state alone would not show it."""
     args = argv(small_data, tiny_model, tmp_path / "c", "--save_steps", "1", "--epochs", "3")
     process = start(args, tmp_path)
     wait_for(tmp_path / "c" / train.STATE_FILE, process)
     process.kill()
     process.wait()
-    for name in ("vocab.txt", "config.json"):
+    for name in ("vocab.txt", "config.json", utils.WEIGHTS_FILE):
         other = shutil.copytree(tiny_model, tmp_path / name.replace(".", "_"))
         if name == "vocab.txt":
             tokens = (other / name).read_text(encoding="utf-8").split("\n")
             tokens[10], tokens[11] = tokens[11], tokens[10]
             (other / name).write_text("\n".join(tokens), encoding="utf-8")
+        elif name == utils.WEIGHTS_FILE:
+            halves = {k: v / 2 for k, v in models.load_weights(other / name).items()}
+            with open(other / name, "wb") as file:
+                models.save_weights(file, halves)
         else:
             config = {**utils.read_json(other / name), "hidden_act": "relu"}
             (other / name).write_text(json.dumps(config), encoding="utf-8")
         status, err = run_cli(train.main, [*argv(small_data, other, tmp_path / "c"), "--resume"])
         what = "train_file, dev_file" if name == "vocab.txt" else "model_name"
         assert status == 2 and f"{what} changed since the run was stopped" in err, err
+
+
+def test_resume_of_a_stopped_run_with_a_damaged_log(small_data, tiny_model, tmp_path, run_cli):
+    """Its state is whole, so the run goes on; the curves lack what cannot be read."""
+    args = argv(small_data, tiny_model, tmp_path / "c", "--save_steps", "1", "--epochs", "3")
+    process = start(args, tmp_path)
+    wait_for(tmp_path / "c" / train.STATE_FILE, process)
+    process.kill()
+    process.wait()
+    log = tmp_path / "c" / train.LOG_FILE
+    log.write_bytes(b"x" + log.read_bytes()[1:])
+    status, err = run_cli(train.main, [*args, "--resume"])
+    assert status == 0 and f"{log}:1: damaged line; the curves are without it" in err
+    assert (tmp_path / "c" / "train_curves.png").exists()
 
 
 def test_resume_with_a_damaged_log(finished, small_data, tiny_model, tmp_path, run_cli):

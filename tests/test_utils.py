@@ -169,9 +169,9 @@ def test_truncation(tmp_path):
 
 def test_cut_texts_are_reported(capsys):
     for long_text, what in (("truncate", "their tails are cut"), ("window", "split into windows")):
-        utils.warn_cut(0, 8, 128, long_text)
+        utils.log_truncation(0, 8, 128, long_text)
         assert not capsys.readouterr().err
-        utils.warn_cut(2, 8, 128, long_text)
+        utils.log_truncation(2, 8, 128, long_text)
         shown = capsys.readouterr().err
         assert "2 of 8 texts (25.0%) are longer than max_seq_length 128" in shown and what in shown
 

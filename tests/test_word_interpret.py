@@ -11,6 +11,7 @@ from conftest import REPO
 from nbclient import NotebookClient
 
 import metric
+import model as models
 import utils
 from utils import UserError
 
@@ -76,7 +77,7 @@ def test_gradients_are_right(interpreters):
 def test_the_scale_of_the_logits_does_not_show(interpreters, method, monkeypatch):
     """It only keeps the gradients from being subnormal numbers."""
     scaled = interpreters[method](TEXT, interpreters[method].info.labels).attributions
-    monkeypatch.setattr(word_interpret, "LOGIT_SCALE", 1.0)
+    monkeypatch.setattr(models, "LOSS_SCALE", 1.0)
     plain = interpreters[method](TEXT, interpreters[method].info.labels).attributions
     np.testing.assert_allclose(scaled, plain, rtol=1e-4, atol=1e-6 * np.abs(plain).max())
 

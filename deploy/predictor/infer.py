@@ -89,14 +89,13 @@ def perf(predictor, texts, label_ids):
     for _ in itertools.islice(warm_up, WARM_UP):
         pass
     tokenise_seconds.clear()
-    predictor.total = predictor.cut = 0
     predictor.encode, predictor.forward = encode, forward
     counts, start = metric.MultiLabelCounts(len(predictor.info.labels)), 0
     for chunk, decisions, _ in predictor.stream(texts):
         gold = label_ids[start : start + len(chunk)]
         counts.update(decisions, utils.multi_hot(gold, len(predictor.info.labels)))
         start += len(chunk)
-    predictor.warn_cut()
+    predictor.log_truncation()
     total = sum(seconds)
     p50, p99 = 1000 * np.percentile(seconds, [50, 99])
     return {
@@ -134,15 +133,6 @@ def print_perf(result, batch_size):
     print(line.format(**result, batch_size=batch_size))
 
 
-def write_labels(predictor, texts, output_file, output_scores):
-    jsonl, labels = output_file.suffix == ".jsonl", predictor.info.labels
-    with utils.atomic_file(output_file) as file:
-        utils.write_header(file, labels, jsonl, output_scores)
-        for chunk, decisions, probs in predictor.stream(texts):
-            scores = probs if output_scores else None
-            utils.write_rows(file, chunk, predictor.names(decisions), labels, jsonl, scores)
-
-
 def print_labels(predictor, texts):
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not know every character
     for chunk, decisions, _ in predictor.stream(texts):
@@ -165,16 +155,19 @@ def main(argv=None):
     if args.output_file:
         inputs = [data / args.data_file, data / (args.label_file or "label.txt")]
         inputs += utils.model_files(folder) + list(folder.glob("*.onnx"))
+        inputs += utils.model_files(args.model_name_or_path or folder)
         inputs += [Path(f"{args.model_path_prefix}{s}") for s in (".pdmodel", ".pdiparams")]
         utils.check_outputs([args.output_file], inputs)
     texts = utils.peeked(utils.read_texts(data / args.data_file))
     predictor = new_predictor(args)
     if args.output_file:
-        write_labels(predictor, texts, Path(args.output_file), args.output_scores)
+        with utils.atomic_file(args.output_file) as file:
+            jsonl = Path(args.output_file).suffix == ".jsonl"
+            predictor.write(file, texts, jsonl, args.output_scores)
         logger.info("Prediction results save in %s.", args.output_file)
     else:
         print_labels(predictor, texts)
-    predictor.warn_cut()
+    predictor.log_truncation()
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import tempfile
 from pathlib import Path
 
 import onnxruntime as ort
-from filelock import FileLock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 import utils
@@ -167,31 +166,20 @@ def open_session(prefix, precision="fp32", device="cpu", device_id=0, num_thread
     args = path, device, device_id, num_threads or utils.num_cores()
     session = _current_session(*args)
     if session is None:
-        with _lock(path):
-            session = _current_session(*args)  # another process may have made it meanwhile
-            if session is None:
-                make_onnx(prefix, precision)
-                session = _current_session(*args)
+        try:
+            with utils.folder_lock(folder):
+                session = _current_session(*args)  # another process may have made it meanwhile
+                if session is None:
+                    make_onnx(prefix, precision)
+                    session = _current_session(*args)
+        except OSError as error:
+            raise UserError(
+                f"cannot make {path}: {error.strerror or error}; run once where the bundle can be "
+                f"written, and copy {path.name} from there"
+            ) from error
     if session is None:
         raise UserError(f"{folder}: changed while {path.name} was made; run the command again")
     return session
-
-
-@contextlib.contextmanager
-def _lock(path):
-    """Among the processes that make ONNX files in the bundle of `path`."""
-    lock = FileLock(str(path.parent / ".onnx.lock"))
-    try:
-        lock.acquire()
-    except OSError as error:
-        raise UserError(
-            f"cannot make {path}: {error.strerror or error}; run once where the bundle can be "
-            f"written, and copy {path.name} from there"
-        ) from error
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _current_session(path, device, device_id, num_threads):
