@@ -98,6 +98,7 @@ _interrupted = False  # by Ctrl-C
 def cli(main):
     """Runs a script's `main()`. Its exit status is 2 after an error of the user, which becomes one
     message, and as in a shell 130 after Ctrl-C, 143 after SIGTERM, 141 if nobody reads stdout."""
+    global _interrupted
     status = 2
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # which a background job inherits
         signal.signal(signal.SIGINT, _interrupt)
@@ -121,6 +122,8 @@ def cli(main):
             message = f"{where}{error.strerror or error}"
         else:
             raise
+    finally:
+        _interrupted = False
     print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(status)
 
