@@ -613,7 +613,7 @@ class ModelInfo:
     max_seq_length: int  # [CLS] and [SEP] included
     max_position: int  # the longest sequence that the model can take
     thresholds: list | None  # one per label; None: metric.DEFAULT_THRESHOLD
-    model_sha256: str | None = None  # of a bundle's static graph (see export_model.py)
+    model_sha256: str | None = None  # of a bundle's static graph (see model.write_bundle)
     min_labels: int = 0  # of a text
     max_labels: int | None = None  # of a text; None: any number
 

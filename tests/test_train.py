@@ -75,6 +75,15 @@ def wait_for(path, process, seconds=120):
         time.sleep(0.05)
 
 
+def kill_once_it_has_a_state(args, save_dir, seconds=0):
+    """Leaves a stopped run in save_dir."""
+    process = start(args, save_dir.parent)
+    wait_for(save_dir / train.STATE_FILE, process)
+    time.sleep(seconds)
+    process.kill()
+    process.wait()
+
+
 # ------------------------------------------------------------------------------ a finished run
 def test_reaches_the_floor_on_the_sample(checkpoint):
     best = records(checkpoint, "end")[-1]
@@ -274,11 +283,7 @@ def test_resume_after_sigkill_is_exact(small_data, tiny_model, tmp_path):
     flags += ["--early_stop", "--gradient_accumulation_steps", "2", "--batch_size", "8"]
     train.main(argv(small_data, tiny_model, tmp_path / "whole", *flags))
     args = argv(small_data, tiny_model, tmp_path / "killed", *flags)
-    process = start(args, tmp_path)
-    wait_for(tmp_path / "killed" / train.STATE_FILE, process)
-    time.sleep(0.3)
-    process.kill()
-    process.wait()
+    kill_once_it_has_a_state(args, tmp_path / "killed", seconds=0.3)
     train.main([*args, "--resume"])
     assert same_weights(tmp_path / "whole", tmp_path / "killed")
     log = "train_log.jsonl"
@@ -288,10 +293,7 @@ def test_resume_after_sigkill_is_exact(small_data, tiny_model, tmp_path):
 
 def test_resume_faults(small_data, tiny_model, tmp_path, run_cli):
     args = argv(small_data, tiny_model, tmp_path / "c", "--save_steps", "1", "--epochs", "3")
-    process = start(args, tmp_path)
-    wait_for(tmp_path / "c" / train.STATE_FILE, process)
-    process.kill()
-    process.wait()
+    kill_once_it_has_a_state(args, tmp_path / "c")
     state = (tmp_path / "c" / train.STATE_FILE).read_bytes()
     for extra, message in (
         ([], "a stopped run; add --resume"),
@@ -342,10 +344,7 @@ def test_resume_after_the_model_folder_moved(small_data, tiny_model, tmp_path, m
 def test_resume_with_another_model_is_refused(small_data, tiny_model, tmp_path, run_cli):
     """Its architecture, vocabulary or weights differ; the state alone would not show it."""
     args = argv(small_data, tiny_model, tmp_path / "c", "--save_steps", "1", "--epochs", "3")
-    process = start(args, tmp_path)
-    wait_for(tmp_path / "c" / train.STATE_FILE, process)
-    process.kill()
-    process.wait()
+    kill_once_it_has_a_state(args, tmp_path / "c")
     for name in ("vocab.txt", "config.json", utils.WEIGHTS_FILE):
         other = shutil.copytree(tiny_model, tmp_path / name.replace(".", "_"))
         if name == "vocab.txt":
@@ -367,10 +366,7 @@ def test_resume_with_another_model_is_refused(small_data, tiny_model, tmp_path, 
 def test_resume_of_a_stopped_run_with_a_damaged_log(small_data, tiny_model, tmp_path, run_cli):
     """Its state is whole, so the run goes on; the curves lack what cannot be read."""
     args = argv(small_data, tiny_model, tmp_path / "c", "--save_steps", "1", "--epochs", "3")
-    process = start(args, tmp_path)
-    wait_for(tmp_path / "c" / train.STATE_FILE, process)
-    process.kill()
-    process.wait()
+    kill_once_it_has_a_state(args, tmp_path / "c")
     log = tmp_path / "c" / train.LOG_FILE
     log.write_bytes(b"x" + log.read_bytes()[1:])
     status, err = run_cli(train.main, [*args, "--resume"])
