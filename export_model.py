@@ -47,7 +47,7 @@ def main(argv=None):
             session = predictor.open_session(folder / model.PREFIX)
             check("ONNX model", predictor.onnx_forward(session))
         new_files = {file.name for file in folder.iterdir()}
-    model.remove_old_onnx(target, new_files)
+    model.remove_old_graphs(target, new_files)
     logger.info("Exported to %s: %s", target, ", ".join(sorted(new_files)))
 
 

@@ -5,6 +5,8 @@ because that takes seconds.
 """
 
 import contextlib
+import importlib.metadata
+import importlib.util
 import json
 import os
 import pickle
@@ -18,8 +20,6 @@ import paddle
 import paddle.distributed as dist
 import paddle.inference
 import paddle.nn.functional as F
-from paddlenlp import transformers
-from paddlenlp.utils.log import logger as paddlenlp_logger
 
 import metric
 import utils
@@ -35,11 +35,31 @@ ACTIVATIONS = {name: name for name in ("gelu", "relu", "silu")} | {"gelu_python"
 PLAIN = dict.fromkeys(
     ("return_dict", "use_cache", "output_hidden_states", "output_attentions"), False
 )
+PIR = int(paddle.__version__.split(".")[0]) >= 3  # the static graph is a .json, not a .pdmodel
 PREFIX = "float32"  # name of the static graph's files in a bundle
 MAX_DIFFERENCE = 1e-4  # of a logit, between the trained model and what is exported
 CHECK_SEQUENCES, CHECK_BATCH = 64, 16
 LOSS_SCALE = 2.0**20  # see scaled_backward
-paddlenlp_logger.set_level("WARNING")  # its notes on every file drown the log lines that matter
+
+
+def _import_transformers():
+    """paddlenlp.transformers alone. PaddleNLP's own __init__.py also imports its data sets, task
+    flows and trainers, hence pandas, pyarrow and scikit-learn, which takes three seconds."""
+    if "paddlenlp" not in sys.modules:
+        version = importlib.metadata.version("paddlenlp")
+        package = importlib.util.module_from_spec(importlib.util.find_spec("paddlenlp"))
+        package.__version__ = version
+        sys.modules["paddlenlp"] = package
+        paddle.disable_signal_handler()  # as that file does
+    importlib.import_module("paddlenlp.data")  # it and transformers import each other; it is first
+    from paddlenlp import transformers
+    from paddlenlp.utils.log import logger
+
+    logger.set_level("WARNING")  # its notes on every file drown the log lines that matter
+    return transformers
+
+
+transformers = _import_transformers()
 
 
 # ------------------------------------------------------------------------- device and processes
@@ -123,17 +143,24 @@ def dygraph_forward(model):
 
 
 def static_forward(prefix):
-    """Forward of the static graph `<prefix>.pdmodel` on the CPU; see utils.run_batches.
+    """Forward of the static graph `prefix` on the CPU; see utils.run_batches.
 
     Paddle's predictor puts the process back to one thread; call set_device before dygraph work.
+    Raises UserError if this Paddle is too old for the graph.
     """
-    config = paddle.inference.Config(f"{prefix}.pdmodel", f"{prefix}.pdiparams")
-    config.disable_gpu()
-    config.disable_glog_info()
-    config.enable_mkldnn()
-    config.set_mkldnn_cache_capacity(16)  # bounds the memory: one entry per batch shape
-    config.set_cpu_math_library_num_threads(num_threads())
-    predictor = paddle.inference.create_predictor(config)
+    if utils.static_graph(prefix)[0].suffix == ".json" and not PIR:
+        raise UserError(
+            f"{prefix}.json: written by Paddle 3, which Paddle {paddle.__version__} cannot read; "
+            "export the checkpoint again with it"
+        )
+    with utils.native_path(prefix) as native:
+        config = paddle.inference.Config(*map(str, utils.static_graph(native)))
+        config.disable_gpu()
+        config.disable_glog_info()
+        config.enable_mkldnn()
+        config.set_mkldnn_cache_capacity(16)  # bounds the memory: one entry per batch shape
+        config.set_cpu_math_library_num_threads(num_threads())
+        predictor = paddle.inference.create_predictor(config)
     inputs = [predictor.get_input_handle(name) for name in ("input_ids", "token_type_ids")]
     output = predictor.get_output_handle(predictor.get_output_names()[0])
 
@@ -366,11 +393,11 @@ def fast_dropout(seed):
         return
     original, rng = F.dropout, np.random.Generator(np.random.SFC64(seed))
 
-    def dropout(x, p=0.5, axis=None, training=True, mode="upscale_in_train", name=None):
+    def dropout(x, p=0.5, axis=None, training=True, mode="upscale_in_train", name=None, **more):
         if not training or p == 0:
             return x
         if axis is not None or mode != "upscale_in_train":
-            return original(x, p, axis, training, mode, name)
+            return original(x, p, axis, training, mode, name, **more)
         dropped = round(p * 65536)
         bits = np.frombuffer(rng.bytes(2 * x.size), dtype=np.uint16)
         scale = np.float32(65536 / max(1, 65536 - dropped))
@@ -427,9 +454,15 @@ def save_static(model, prefix):
         for name in ("input_ids", "token_type_ids")
     ]
     static_model = paddle.jit.to_static(model, input_spec=inputs, full_graph=True)
-    paddle.jit.save(static_model, str(prefix))
-    # Paddle names the output after its last operation; every server would have to know it.
-    path = Path(f"{prefix}.pdmodel")
+    with utils.native_path(prefix) as native:
+        paddle.jit.save(static_model, str(native))
+    # Paddle 2 names the output after its last operation, Paddle 3 after its number; every server
+    # would have to know it.
+    path, _ = utils.static_graph(prefix)
+    if PIR:
+        text = path.read_text(encoding="utf-8")
+        path.write_text(text.replace('"fetch_name_0"', '"logits"'), encoding="utf-8")
+        return
     program = paddle.base.core.ProgramDesc(path.read_bytes())
     block = program.block(0)
     operations = [block.op(i) for i in range(block.op_size())]
@@ -465,17 +498,17 @@ def write_bundle(folder, model, config, tokenizer_dir):
 
     save_static(model, folder / PREFIX)
     utils.copy_tokenizer(tokenizer_dir, folder)
-    files = (folder / f"{PREFIX}{suffix}" for suffix in (".pdmodel", ".pdiparams"))
     # Binds config.json and the ONNX files to these weights.
-    config = {**config, "model_sha256": utils.sha256(*files)}
+    config = {**config, "model_sha256": utils.sha256(*utils.static_graph(folder / PREFIX))}
     text = json.dumps(config, ensure_ascii=False, indent=2) + "\n"
     (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
     check("static graph", static_forward(folder / PREFIX))
     return check
 
 
-def remove_old_onnx(folder, new_files):
-    """Removes the ONNX files of the weights that were in the folder before."""
-    for name in utils.ONNX_FILES.values():
+def remove_old_graphs(folder, new_files):
+    """Removes the graphs of the weights that were in the folder before: ONNX, another Paddle's."""
+    suffixes = *utils.GRAPH_SUFFIXES, ".pdiparams.info"
+    for name in [*utils.ONNX_FILES.values(), *(PREFIX + suffix for suffix in suffixes)]:
         if name not in new_files:
             (folder / name).unlink(missing_ok=True)

@@ -19,10 +19,8 @@ import numpy as np
 import paddle
 import paddle.distributed as dist
 import paddle.nn.functional as F
-from paddlenlp.transformers import LinearDecayWithWarmup
-from paddleslim.nas.ofa import OFA
+from paddleslim.nas.ofa import OFA, convert_super
 from paddleslim.nas.ofa.convert_super import Convert, supernet
-from paddleslim.nas.ofa.layers import SuperLayerNorm
 
 import metric
 import model
@@ -86,16 +84,12 @@ def take(parameter, order, axis):
 
 
 # ------------------------------------------------------------------------------------ supernet
-def layer_norm(layer, x):
-    """In place of SuperLayerNorm.forward, which unpacks three results where Paddle returns one."""
-    return F.layer_norm(x, x.shape[-1], layer.weight, layer.bias, layer._epsilon)
-
-
 class Supernet:
     """PaddleSlim's OFA around a copy of the model; only the encoder's linear layers are elastic."""
 
     def __init__(self, teacher, width_mult):
-        SuperLayerNorm.forward = layer_norm
+        # The width of the norms stays, and PaddleSlim's elastic one does not run on this Paddle.
+        convert_super.SuperLayerNorm = paddle.nn.LayerNorm
         self.model = copy.deepcopy(teacher)
         weights = {name: value.numpy() for name, value in teacher.state_dict().items()}
         encoder = self.model.base_model.encoder
@@ -252,7 +246,8 @@ class Pruner:
         total_steps = math.ceil(args.num_train_epochs * steps_per_epoch)
         total_steps = args.max_steps if args.max_steps > 0 else total_steps
         warmup_steps = args.warmup_steps or math.ceil(args.warmup_ratio * total_steps)
-        schedule = LinearDecayWithWarmup(args.learning_rate, total_steps, warmup_steps)
+        decay = model.transformers.LinearDecayWithWarmup
+        schedule = decay(args.learning_rate, total_steps, warmup_steps)
         optimizer = model.make_optimizer(
             supernet.model, schedule, args.weight_decay, args.max_grad_norm
         )
@@ -338,6 +333,6 @@ class Pruner:
             model.write_bundle(folder, student, config, source)
             shutil.copyfile(folder / utils.CONFIG_FILE, folder / "model_config.json")
             new_files = {file.name for file in folder.iterdir()}
-        model.remove_old_onnx(target, new_files)
+        model.remove_old_graphs(target, new_files)
         model.set_device(self.args.device)  # the static graph also took the threads away
         logger.info("Save the best student of width %s in %s", width_mult, target)

@@ -172,12 +172,10 @@ def load_pretrained(name, labels, work_dir):
     """
     if Path(name).is_dir():
         return model.load_folder(Path(name), labels), Path(name)
-    from paddlenlp import transformers
-
+    auto = model.transformers
     try:
-        auto = transformers.AutoModelForSequenceClassification
-        net = auto.from_pretrained(name, num_labels=len(labels))
-        transformers.AutoTokenizer.from_pretrained(name).save_pretrained(str(work_dir))
+        net = auto.AutoModelForSequenceClassification.from_pretrained(name, num_labels=len(labels))
+        auto.AutoTokenizer.from_pretrained(name).save_pretrained(str(work_dir))
     except Exception as error:  # PaddleNLP raises OSError, RuntimeError, requests' errors ...
         raise UserError(
             f"--model_name {name}: cannot be downloaded ({type(error).__name__}); without network "
@@ -228,11 +226,10 @@ class Trainer:
         self.loss_function = make_loss(args.loss, weights)
         self.schedule = None  # a constant learning rate
         if args.warmup:
-            from paddlenlp.transformers import LinearDecayWithWarmup
-
             batches = -(-(-(-len(self.lengths) // args.batch_size)) // self.world_size)  # of a rank
             steps = -(-batches // args.gradient_accumulation_steps) * args.epochs
-            self.schedule = LinearDecayWithWarmup(args.learning_rate, steps, args.warmup_steps)
+            decay = model.transformers.LinearDecayWithWarmup
+            self.schedule = decay(args.learning_rate, steps, args.warmup_steps)
         rate = self.schedule or args.learning_rate
         self.optimizer = model.make_optimizer(net, rate, args.weight_decay, args.max_grad_norm)
         self.scaler = paddle.amp.GradScaler(enable=args.amp)

@@ -21,7 +21,9 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
 import threading
+import warnings
 import zlib  # noqa: F401  see below
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -41,6 +43,7 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model_state.pdparams"
 TOKENIZER_FILES = ("vocab.txt", "tokenizer_config.json", "special_tokens_map.json")
 ONNX_FILES = {"fp32": "model.onnx", "fp16": "fp16_model.onnx", "int8": "int8_model.onnx"}
+GRAPH_SUFFIXES = ".pdmodel", ".json"  # of a static graph of Paddle 2 and of Paddle 3
 LOCK_FILE = ".multi_label.lock"
 SPECIAL_TOKENS = ("[PAD]", "[CLS]", "[SEP]", "[MASK]", "[UNK]")
 MAX_REPORTED = 10  # offending lines listed in one error message
@@ -104,9 +107,12 @@ def cli(main):
         signal.signal(signal.SIGINT, _interrupt)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that temporary files are removed
     sys.unraisablehook = _unraisable
+    _silence_libraries()
+    if sys.stdout:  # closed from the start in `script >&-`
+        sys.stdout.reconfigure(errors="backslashreplace")  # not every locale knows every character
     try:
         main()
-        if sys.stdout:  # closed from the start in `script >&-`
+        if sys.stdout:
             sys.stdout.flush()
         return
     except (Exception, KeyboardInterrupt) as error:
@@ -126,6 +132,13 @@ def cli(main):
         _interrupted = False
     print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(status)
+
+
+def _silence_libraries():
+    """What Paddle and its packages say to their developers whenever they are imported."""
+    os.environ.setdefault("GLOG_minloglevel", "2")  # errors only; of Paddle's C++ code
+    for note in ("Setuptools is replacing", "No ccache found", "pkg_resources is deprecated"):
+        warnings.filterwarnings("ignore", message=note)
 
 
 def _interrupt(*_):
@@ -694,17 +707,25 @@ def sha256(*paths):
     return digest.hexdigest()
 
 
-def static_graph_sha256(prefix):
-    """SHA-256 of a bundle's static graph; raises UserError if config.json names another one."""
-    files = [Path(f"{prefix}{suffix}") for suffix in (".pdmodel", ".pdiparams")]
+def static_graph(prefix):
+    """The files of a static graph, [graph, weights]; Paddle 2 calls the first .pdmodel, Paddle 3
+    .json. Raises UserError if one is missing."""
+    graphs = [Path(f"{prefix}{suffix}") for suffix in GRAPH_SUFFIXES]
+    files = [next(filter(Path.exists, graphs), graphs[0]), Path(f"{prefix}.pdiparams")]
     for file in files:
         if not file.exists():
             raise UserError(f"{file}: no such file; export again (--onnx for hosts without Paddle)")
+    return files
+
+
+def static_graph_sha256(prefix):
+    """SHA-256 of a bundle's static graph; raises UserError if config.json names another one."""
+    files = static_graph(prefix)
     digest = sha256(*files)
     if digest != read_model_info(files[0].parent).model_sha256:
         raise UserError(
-            f"{prefix}.pdmodel, .pdiparams: not the files that config.json beside them describes "
-            "(cut short, or of another model); export again"
+            f"{files[0]}, .pdiparams: not the files that config.json beside them describes (cut "
+            "short, or of another model); export again"
         )
     return digest
 
@@ -776,9 +797,28 @@ def write_rows(file, texts, names, labels, jsonl, probs=None):
             file.write("\t".join([text.replace("\t", " "), ",".join(given), *scores]) + "\n")
 
 
+@contextlib.contextmanager
+def native_path(path):
+    """`path` by a name that libraries in C++ can open: they take every str as UTF-8, which is not
+    what file names are in under other locales. A link to its folder then has a plain name."""
+    path = Path(path)
+    try:
+        if os.fsencode(path) == str(path).encode():
+            yield path
+            return
+    except UnicodeEncodeError:
+        pass  # bytes of the name that the locale's encoding does not know
+    with tempfile.TemporaryDirectory() as folder:
+        link = Path(folder) / "link"
+        link.symlink_to(os.path.abspath(path.parent), target_is_directory=True)
+        yield link / path.name
+
+
 def fsync(path):
     """Waits until a file or a folder is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    if os.name == "nt" and Path(path).is_dir():
+        return  # Windows opens no folders
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -855,7 +895,8 @@ def folder_lock(path):
         try:
             yield
         finally:
-            file.unlink(missing_ok=True)
+            with contextlib.suppress(PermissionError):  # Windows keeps a file that is open
+                file.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -3,7 +3,10 @@
 Shared by aug.py and sparse.py.
 """
 
+import importlib
 import itertools
+import sys
+import types
 from pathlib import Path
 
 import utils
@@ -57,15 +60,27 @@ def check_dictionary(path):
             raise UserError(f"{path}: '{word}' has no list of words; correct or remove it")
 
 
+def import_dataaug():
+    """paddlenlp.dataaug. Its sentence-level methods, which are not used here, want task flows and
+    with these pandas, pyarrow and data sets; an empty module of that name satisfies them."""
+    model.transformers.__name__  # imported first, it keeps the rest of PaddleNLP out
+    stub = types.ModuleType("paddlenlp.taskflow")
+    stub.Taskflow = None
+    added = sys.modules.setdefault(stub.__name__, stub) is stub
+    try:
+        return importlib.import_module("paddlenlp.dataaug")
+    finally:
+        if added:
+            del sys.modules[stub.__name__]
+
+
 def make_augmenter(strategy, aug_percent, dict_dir=None, aug_type="synonym", mlm_model=None):
     """A dataaug object: augmenter.augment(text) returns [[new text]], or [[]] if it finds none.
 
     strategy: one of STRATEGIES; aug_type and mlm_model matter to substitute and insert only. The
     files that it reads are augmenter.files. Raises UserError for broken or missing ones.
     """
-    from paddlenlp import dataaug
-
-    files = []
+    dataaug, files = import_dataaug(), []
 
     class Augmenter(getattr(dataaug, f"Word{strategy.capitalize()}")):
         def _load_file(self, mode):

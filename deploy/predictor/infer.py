@@ -134,7 +134,6 @@ def print_perf(result, batch_size):
 
 
 def print_labels(predictor, texts):
-    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not know every character
     for chunk, decisions, _ in predictor.stream(texts):
         for text, names in zip(chunk, predictor.names(decisions)):
             print(f"input data: {text}")
@@ -156,7 +155,8 @@ def main(argv=None):
         inputs = [data / args.data_file, data / (args.label_file or "label.txt")]
         inputs += utils.model_files(folder) + list(folder.glob("*.onnx"))
         inputs += utils.model_files(args.model_name_or_path or folder)
-        inputs += [Path(f"{args.model_path_prefix}{s}") for s in (".pdmodel", ".pdiparams")]
+        suffixes = *utils.GRAPH_SUFFIXES, ".pdiparams"
+        inputs += [Path(f"{args.model_path_prefix}{suffix}") for suffix in suffixes]
         utils.check_outputs([args.output_file], inputs)
     texts = utils.peeked(utils.read_texts(data / args.data_file))
     predictor = new_predictor(args)

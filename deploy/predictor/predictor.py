@@ -9,6 +9,7 @@ graph that it comes from, so that a file of other weights is never used.
 """
 
 import contextlib
+import importlib.metadata
 import os
 import sys
 import tempfile
@@ -87,6 +88,12 @@ def _import(name, why):
     try:
         return __import__(name)
     except ImportError as error:
+        if name == "paddle2onnx" and sys.version_info >= (3, 13):
+            raise UserError(
+                f"{why} needs paddle2onnx, which has no release for Python {sys.version_info[0]}."
+                f"{sys.version_info[1]}; run export_model.py --onnx on the checkpoint with Python "
+                "3.12, and take that bundle"
+            ) from error
         raise UserError(
             f"{why} needs the package {name} (pip install {name}), or a bundle that holds the file "
             f"already; export_model.py --onnx writes {utils.ONNX_FILES['fp32']}"
@@ -118,9 +125,19 @@ def _convert(prefix, path):
     paddle2onnx = _import("paddle2onnx", f"making {utils.ONNX_FILES['fp32']}")
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    raw = path.with_name("raw.onnx")
-    graph, weights = f"{prefix}.pdmodel", f"{prefix}.pdiparams"
-    paddle2onnx.export(graph, weights, str(raw), opset_version=OPSET, enable_onnx_checker=True)
+    version, raw = importlib.metadata.version("paddle2onnx"), path.with_name("raw.onnx")
+    with utils.native_path(prefix) as native:
+        graph, weights = map(str, utils.static_graph(native))
+        if graph.endswith(".json") and version.startswith("1."):
+            raise UserError(
+                f"{prefix}.json: written by Paddle 3, which paddle2onnx {version} cannot read; "
+                "export the checkpoint with Paddle 3 and --onnx"
+            )
+        # With a file name paddle2onnx 2 would optimise the model, and install what that needs.
+        raw.write_bytes(
+            paddle2onnx.export(graph, weights, opset_version=OPSET, enable_onnx_checker=True)
+        )
+    ort.set_default_logger_severity(3)  # it notes every constant that it removes
     quant_pre_process(str(raw), str(path), skip_symbolic_shape=True)
 
 
@@ -160,8 +177,9 @@ def open_session(prefix, precision="fp32", device="cpu", device_id=0, num_thread
     folder = bundle_folder(prefix)
     if utils.read_model_info(folder).model_sha256 is None:
         raise UserError(f"{folder}: a checkpoint, not a bundle; run export_model.py on it")
-    if not Path(f"{prefix}.pdmodel").exists() and any(folder.glob("*.pdmodel")):
-        raise UserError(f"{prefix}.pdmodel: no such file; check --model_path_prefix")
+    names = [Path(prefix).name + suffix for suffix in utils.GRAPH_SUFFIXES]
+    if any(folder.glob("*.pdiparams")) and not any((folder / name).exists() for name in names):
+        raise UserError(f"{prefix}: no {' or '.join(names)} there; check --model_path_prefix")
     path = folder / utils.ONNX_FILES[precision]
     args = path, device, device_id, num_threads or utils.num_cores()
     session = _current_session(*args)
@@ -194,7 +212,8 @@ def _current_session(path, device, device_id, num_threads):
     if device == "gpu":
         providers = [("CUDAExecutionProvider", {"device_id": device_id}), *providers]
     try:
-        session = ort.InferenceSession(str(path), options, providers=providers)
+        with utils.native_path(path) as native:
+            session = ort.InferenceSession(str(native), options, providers=providers)
     except Exception as error:  # its exceptions share no base class
         if device == "gpu" and "CUDA" in str(error):
             raise _no_cuda(str(error).splitlines()[0]) from error

@@ -113,7 +113,8 @@ def fill(folder, bundle, args):
         path.write_text(string.Template(path.read_text()).substitute(values))
     onnx_file = bundle / utils.ONNX_FILES[args.precision]
     shutil.copyfile(onnx_file, folder / "seqcls_model" / "1" / "model.onnx")
-    tokenizer.save(str(folder / "tokenizer" / "1" / "tokenizer.json"), pretty=False)
+    tokenizer_file = folder / "tokenizer" / "1" / "tokenizer.json"
+    tokenizer_file.write_text(tokenizer.to_str(), encoding="utf-8")
     limits = {"max_seq_length": info.max_seq_length, "max_text_bytes": args.max_text_bytes}
     thresholds = info.thresholds or [metric.DEFAULT_THRESHOLD] * len(info.labels)
     rule = {"labels": info.labels, "thresholds": thresholds, **info.limits}
