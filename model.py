@@ -104,6 +104,15 @@ def set_device(device):
         ) from error
 
 
+def init_processes():
+    """Connects the processes of a launch, if there are several; returns (rank, their number)."""
+    if dist.get_world_size() > 1:
+        if os.name == "nt":
+            raise UserError("several processes need Linux (or WSL); start the script by itself")
+        dist.init_parallel_env()
+    return dist.get_rank(), dist.get_world_size()
+
+
 def all_reduce(array):
     """Element-wise sum of a NumPy array over all ranks."""
     if dist.get_world_size() == 1:

@@ -54,7 +54,7 @@ def main(argv=None):
             )
         if not data_path.is_file():
             raise UserError(f"{data_path}: several processes cannot share a pipe; give a file")
-        paddle.distributed.init_parallel_env()
+        model.init_processes()
     settings = {"batch_size": args.batch_size, "long_text": args.long_text}
     labeller = model.load_labeller(args.params_path, args.device, info, **settings)
     jsonl = output.suffix == ".jsonl"

@@ -87,14 +87,11 @@ def main(argv=None):
     model.set_device(args.device)
     try:
         from prune_trainer import Pruner
-    except ImportError as error:
-        if "paddleslim" not in str(error):
-            raise
-        raise UserError("Cannot import paddleslim, please install paddleslim==2.6.0") from error
-    if paddle.distributed.get_world_size() > 1:
-        paddle.distributed.init_parallel_env()
-    is_first = paddle.distributed.get_rank() == 0
-    if not is_first:
+    except ModuleNotFoundError as error:  # paddleslim, or what it imports
+        hint = "please install paddleslim==2.6.0"
+        raise UserError(f"Cannot import paddleslim, {hint} ({error})") from error
+    rank, _ = model.init_processes()
+    if rank > 0:
         logger.setLevel("WARNING")  # every rank would say the same
     if args.max_seq_length < info.max_seq_length:
         message = "--max_seq_length %d, but the checkpoint was trained with %d"
@@ -102,7 +99,7 @@ def main(argv=None):
     if info.thresholds is not None:
         logger.warning("The thresholds were tuned for the teacher; tune the students' anew")
     train_set, dev_set = read_data(args, info)
-    if is_first:
+    if rank == 0:
         check_targets(args)
     teacher, _ = model.load_checkpoint(args.params_dir)
     paddle.seed(args.seed)

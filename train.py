@@ -135,10 +135,9 @@ def main(argv=None):
     texts, label_ids = utils.read_examples(data / args.train_file, labels)
     dev_texts, dev_label_ids = utils.read_examples(data / args.dev_file, labels)
     model.set_device(args.device)
-    if paddle.distributed.get_world_size() > 1:
-        paddle.distributed.init_parallel_env()
-        if paddle.distributed.get_rank() > 0:
-            logger.setLevel("WARNING")  # every rank would say the same
+    rank, _ = model.init_processes()
+    if rank > 0:
+        logger.setLevel("WARNING")  # every rank would say the same
     finished = model.on_rank_0(finished_run, args)
     paddle.seed(args.seed)
     with tempfile.TemporaryDirectory() as work_dir, logging_redirect_tqdm([logger]):

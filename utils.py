@@ -85,17 +85,26 @@ class LazyModule:
         self._name = name
 
     def __getattr__(self, attribute):
+        global _pending
+        outermost = self._name not in sys.modules and _pending is None
+        if outermost:
+            _pending = []
         try:
-            module = importlib.import_module(self._name)
+            return getattr(importlib.import_module(self._name), attribute)
         except ModuleNotFoundError as error:
             raise UserError(f"{error}; install what requirements.txt lists") from error
-        if _interrupted:  # PaddleNLP catches everything around some of its imports
-            raise KeyboardInterrupt
-        return getattr(module, attribute)
+        finally:
+            if outermost:
+                stops, _pending = _pending, None
+                if stops:
+                    raise stops[0]
 
 
 # ----------------------------------------------------------------------------- command line
 _interrupted = False  # by Ctrl-C
+# Signals that arrive during an import of LazyModule, as exceptions, else None. They wait for its
+# end: PaddleNLP swallows every exception around some imports, and Paddle 3 aborts the process.
+_pending = None
 
 
 def cli(main):
@@ -105,7 +114,7 @@ def cli(main):
     status = 2
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # which a background job inherits
         signal.signal(signal.SIGINT, _interrupt)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that temporary files are removed
+    signal.signal(signal.SIGTERM, _terminate)
     sys.unraisablehook = _unraisable
     _silence_libraries()
     if sys.stdout:  # closed from the start in `script >&-`
@@ -144,7 +153,17 @@ def _silence_libraries():
 def _interrupt(*_):
     global _interrupted
     _interrupted = True
-    raise KeyboardInterrupt
+    _stop(KeyboardInterrupt())
+
+
+def _terminate(*_):
+    _stop(SystemExit(143))  # so that temporary files are removed
+
+
+def _stop(error):
+    if _pending is None:
+        raise error
+    _pending.append(error)
 
 
 def _unraisable(event):
@@ -712,11 +731,11 @@ def static_graph(prefix):
     """The files of a static graph, [graph, weights]; Paddle 2 calls the first .pdmodel, Paddle 3
     .json. Raises UserError if one is missing."""
     graphs = [Path(f"{prefix}{suffix}") for suffix in GRAPH_SUFFIXES]
-    files = [next(filter(Path.exists, graphs), graphs[0]), Path(f"{prefix}.pdiparams")]
-    for file in files:
-        if not file.exists():
-            raise UserError(f"{file}: no such file; export again (--onnx for hosts without Paddle)")
-    return files
+    graph, weights = next(filter(Path.exists, graphs), None), Path(f"{prefix}.pdiparams")
+    if graph is None or not weights.exists():
+        missing = weights if graph else f"{graphs[0]} or {graphs[1].name}"
+        raise UserError(f"{missing}: no such file; export again (--onnx for hosts without Paddle)")
+    return [graph, weights]
 
 
 def static_graph_sha256(prefix):
@@ -796,6 +815,12 @@ def write_rows(file, texts, names, labels, jsonl, probs=None):
         else:
             scores = [] if probs is None else [f"{p:.6f}" for p in probs[i].tolist()]
             file.write("\t".join([text.replace("\t", " "), ",".join(given), *scores]) + "\n")
+
+
+def printable(text):
+    """Text that names files, as UTF-8 can hold it: under an ASCII locale Python keeps the other
+    bytes of a file name as lone surrogates."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 @contextlib.contextmanager

@@ -212,7 +212,7 @@ def write_page(args, info, reports, texts, label_ids, kept):
     used = info.thresholds or [metric.DEFAULT_THRESHOLD] * kept.probs.shape[1]
     page = report.render(about, reports, texts, label_ids, kept.predicted, kept.probs, used)
     with utils.atomic_file(args.report_path) as file:
-        file.write(page)
+        file.write(utils.printable(page))
 
 
 def save_thresholds(params_path, tuned):

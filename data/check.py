@@ -61,13 +61,13 @@ def main(argv=None):
     report = make_report(labels, paths, scans, lengths, args)
     if args.output_dir:
         files = draw_plots(report, lengths, args.max_seq_length)
-        files["report.json"] = json.dumps(report, ensure_ascii=False, indent=2) + "\n"
+        text = json.dumps(report, ensure_ascii=False, indent=2) + "\n"
+        files["report.json"] = utils.printable(text)
         output = Path(args.output_dir)
         if output.is_dir():  # no input is in a folder that does not exist
             utils.check_outputs([output / name for name in files], [*paths.values(), label_path])
         utils.write_files(output, files)
         logger.info("Report and plots saved in %s", args.output_dir)
-    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not know the characters
     print("\n".join(text_report(report)), flush=True)
     problems = sum(len(scan.problems) for scan in scans.values())
     if problems:

@@ -12,6 +12,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 import urllib.request
 
@@ -19,6 +20,12 @@ POLL = 0.2  # seconds
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # ignores http_proxy
 logger = logging.getLogger("multi_label")
+
+
+def check_platform():
+    """Raises OSError where the functions are missing that stop a server with all its processes."""
+    if sys.platform != "linux" or not hasattr(os, "killpg"):
+        raise OSError("this server needs Linux; on Windows use WSL or Docker, or deploy/predictor")
 
 
 def check_port(host, port):

@@ -1,10 +1,12 @@
 """Fixtures: the tiny model, a trained checkpoint, the shared real data where it is at hand."""
 
+import importlib.metadata
 import importlib.util
 import json
 import os
 import re
 import shutil
+import signal
 import socket
 import sys
 from pathlib import Path
@@ -19,7 +21,13 @@ sys.path[:0] = [str(REPO / folder) for folder in FOLDERS]
 
 import utils  # noqa: E402
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # pytest runs in a background job
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests send it to themselves
+
 SAMPLE = REPO / "data"
+PADDLE_3 = importlib.metadata.version("paddlepaddle").startswith("3.")
+GRAPH_FILES = {"float32.json" if PADDLE_3 else "float32.pdmodel", "float32.pdiparams"}
+GRAPH_FILES |= set() if PADDLE_3 else {"float32.pdiparams.info"}
 
 
 def free_port():
@@ -27,6 +35,15 @@ def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def needs_environment(name):
+    """The Python of another environment, which the variable `name` names; skips without it."""
+    if not os.environ.get(name):
+        if os.environ.get("REQUIRE_SHARED"):
+            pytest.fail(f"REQUIRE_SHARED is set and {name} is not")
+        pytest.skip(f"{name} names no Python of another environment")
+    return os.environ[name]
 
 
 def needs_package(name):
@@ -149,6 +166,9 @@ def checkpoint(tiny_model, tmp_path_factory):
 def bundle(checkpoint, tmp_path_factory):
     """The exported checkpoint with its ONNX file; tests that change it take a copy."""
     import export_model
+
+    if sys.version_info >= (3, 13):
+        pytest.skip("paddle2onnx has no release for Python 3.13")
 
     def make(folder):
         flags = ["--params_path", str(checkpoint), "--output_path", str(folder), "--onnx"]

@@ -12,30 +12,28 @@ import numpy as np
 import paddle.inference
 import predictor
 import pytest
-from conftest import REPO, SAMPLE
+from conftest import GRAPH_FILES, REPO, SAMPLE
 
 import export_model
 import metric
 import model as models
 import utils
 
-FILES = {
+FILES = GRAPH_FILES | {
     "config.json",
-    "float32.pdiparams",
-    "float32.pdiparams.info",
-    "float32.pdmodel",
     "tokenizer_config.json",
     "vocab.txt",
 }
 
 
+@pytest.mark.core
 def test_files_and_names(bundle, checkpoint):
     assert {p.name for p in bundle.iterdir()} == {*FILES, "model.onnx"}
     info, trained = utils.read_model_info(bundle), utils.read_model_info(checkpoint)
     assert (info.labels, info.max_seq_length) == (trained.labels, trained.max_seq_length)
     assert (bundle / "vocab.txt").read_bytes() == (checkpoint / "vocab.txt").read_bytes()
     prefix = bundle / "float32"
-    config = paddle.inference.Config(f"{prefix}.pdmodel", f"{prefix}.pdiparams")
+    config = paddle.inference.Config(*map(str, utils.static_graph(prefix)))
     config.disable_glog_info()
     static = paddle.inference.create_predictor(config)
     assert static.get_input_names() == ["input_ids", "token_type_ids"]
@@ -45,6 +43,7 @@ def test_files_and_names(bundle, checkpoint):
     assert [o.name for o in session.get_outputs()] == ["logits"]
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("long_text", ["truncate", "window"])
 def test_bundle_onnx_and_model_agree_on_the_dev_set(bundle, checkpoint, long_text):
     texts, _ = utils.read_examples(SAMPLE / "dev.txt", utils.read_labels(SAMPLE / "label.txt"))
@@ -67,6 +66,7 @@ def test_bundle_onnx_and_model_agree_on_the_dev_set(bundle, checkpoint, long_tex
         assert np.array_equal(metric.decode(metric.probabilities(logits)), decisions)
 
 
+@pytest.mark.core
 def test_the_decision_rule_travels(checkpoint, tmp_path):
     tuned = tmp_path / "tuned"
     shutil.copytree(checkpoint, tuned)
@@ -94,6 +94,7 @@ def test_export_that_differs_leaves_nothing(checkpoint, tmp_path, run_cli, monke
     assert not (tmp_path / "export").exists()
 
 
+@pytest.mark.core
 def test_failed_export_keeps_the_old_bundle(checkpoint, tmp_path, run_cli, monkeypatch):
     args = ["--params_path", checkpoint, "--output_path", tmp_path / "export"]
     assert run_cli(export_model.main, args)[0] == 0
@@ -111,6 +112,7 @@ def test_new_export_removes_onnx_files_of_the_old_weights(bundle, checkpoint, tm
     assert {p.name for p in target.iterdir()} == FILES
 
 
+@pytest.mark.core
 def test_export_needs_no_data(checkpoint, tmp_path):
     """The user's own data/ may hold anything, or nothing."""
     for path in REPO.glob("*.py"):
@@ -134,14 +136,15 @@ def test_killed_while_the_files_are_moved(checkpoint, tmp_path, monkeypatch, run
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", killed)
-    for count in (0, 3, 6):
+    last = len(FILES)  # of the moves, config.json
+    for count in (0, last // 2, last):
         moves = count
         with pytest.raises(ZeroDivisionError):
             export_model.main([str(a) for a in args])
         with pytest.raises(utils.UserError, match="no such folder|config.json"):
             predictor.Predictor(tmp_path / "export" / "float32")
         shutil.rmtree(tmp_path / "export")
-    moves = 7
+    moves = last + 1
     assert run_cli(export_model.main, args)[0] == 0
     assert predictor.Predictor(tmp_path / "export" / "float32").predict(["婚后生育一子。"])[0]
 

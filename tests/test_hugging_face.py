@@ -147,6 +147,7 @@ def logits_of(model, batch):
     return models.dygraph_forward(model)(**batch)
 
 
+@pytest.mark.core
 # -------------------------------------------------------------------------------- what is computed
 @pytest.mark.parametrize("use_task_id", [True, False])
 def test_ernie_gives_the_logits_of_the_paddle_folder(
@@ -220,6 +221,7 @@ def write_bfloat16(path, arrays):
     path.write_bytes(len(text).to_bytes(8, "little") + text + data)
 
 
+@pytest.mark.core
 def test_half_precision_and_several_files(arrays, write):
     """Every float16 and every bfloat16 is a float32."""
     expected = load_state(write(arrays))
@@ -302,6 +304,7 @@ def hidden_states(model, batch):
         return [x.numpy() for x in model.bert(*(paddle.to_tensor(x) for x in batch.values()))]
 
 
+@pytest.mark.core
 def test_minilm_computes_what_bert_is_defined_to_compute(minilm, encoder):
     weights = load_file(minilm / "model.safetensors")
     one_by_one = [batch_of(minilm, [text]) for text in ENGLISH]
@@ -313,6 +316,7 @@ def test_minilm_computes_what_bert_is_defined_to_compute(minilm, encoder):
         np.testing.assert_allclose(pooled, expected[1], rtol=0, atol=1e-4)
 
 
+@pytest.mark.core
 def test_minilm_gives_the_published_similarities(minilm, encoder):
     """The example on the first page of Sentence Transformers' documentation (www.sbert.net)."""
     batch = batch_of(minilm, ENGLISH[:3])

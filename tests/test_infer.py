@@ -15,13 +15,15 @@ import numpy as np
 import onnx
 import predictor
 import pytest
-from conftest import REPO, SAMPLE
+from conftest import GRAPH_FILES, REPO, SAMPLE
 
 import export_model
 import metric
 import model as models
 import predict
 import utils
+
+(GRAPH,) = GRAPH_FILES & {"float32.pdmodel", "float32.json"}
 
 LABELS = utils.read_labels(SAMPLE / "label.txt")
 DEV_TEXTS, DEV_LABELS = utils.read_examples(SAMPLE / "dev.txt", LABELS)
@@ -52,6 +54,7 @@ def stamp(path):
     return path.stat().st_mtime_ns, path.read_bytes()
 
 
+@pytest.mark.core
 # ------------------------------------------------------------------------------- the same answers
 @pytest.mark.parametrize("name", ["o.txt", "o.jsonl"])
 def test_result_is_that_of_predict(bundle, checkpoint, data, tmp_path, name):
@@ -218,6 +221,7 @@ def test_perf_counts_forward_passes_once_and_without_warm_up(bundle):
     assert result["texts_per_second"] == pytest.approx(400 / result["seconds"])
 
 
+@pytest.mark.core
 # --------------------------------------------------------------------------------- int8 and fp16
 def test_int8_quantises_every_weight_and_keeps_the_labels(own_bundle):
     prefix = own_bundle / "float32"
@@ -239,6 +243,7 @@ def test_int8_quantises_every_weight_and_keeps_the_labels(own_bundle):
     assert size["int8"] < 0.35 * size["fp32"]
 
 
+@pytest.mark.core
 def test_fp16_model_has_float32_logits_like_the_model(own_bundle):
     """The file that a GPU runs; the CPU can run it slowly, too."""
     prefix = own_bundle / "float32"
@@ -362,7 +367,7 @@ def other_model(folder):
 
 def other_model_without_graph(folder):
     other_model(folder)
-    remove(folder, "float32.pdmodel", "float32.pdiparams")
+    remove(folder, GRAPH, "float32.pdiparams")
 
 
 def remove(folder, *names):
@@ -372,8 +377,8 @@ def remove(folder, *names):
 
 BROKEN_BUNDLES = {
     "no model file": (
-        lambda f: remove(f, "model.onnx", "float32.pdmodel"),
-        "float32.pdmodel: no such file; export again (--onnx for hosts without Paddle)",
+        lambda f: remove(f, "model.onnx", GRAPH),
+        "float32.pdmodel or float32.json: no such file; export again (--onnx for hosts without Pa",
     ),
     "no weights": (
         lambda f: remove(f, "model.onnx", "float32.pdiparams"),
@@ -387,7 +392,7 @@ BROKEN_BUNDLES = {
     "static graph of another model": (other_model, "not the files that config.json beside them"),
     "ONNX file of another model": (
         other_model_without_graph,
-        "float32.pdmodel: no such file; export again",
+        "float32.pdmodel or float32.json: no such file; export again",
     ),
     "other number of labels": (other_labels, "20 classes, config.json names 7 labels"),
     "vocabulary of another model": (
@@ -489,7 +494,7 @@ def test_bad_data(bundle, data, tmp_path, run_cli, content, message):
         (["--model_path_prefix", "no/float32"], "no: no such folder"),
         (["--model_path_prefix", "BUNDLE"], "is a folder; give the prefix of its files, BUNDLE/fl"),
         (["--label_file", "lable.txt"], "lable.txt: No such file or directory; check the path"),
-        (["--model_path_prefix", "BUNDLE/flaot32"], "flaot32.pdmodel: no such file; check --mod"),
+        (["--model_path_prefix", "BUNDLE/flaot32"], "flaot32: no flaot32.pdmodel or flaot32.js"),
         (["--model_name_or_path", "ernie-3.0-medium-zh"], "no such folder; leave it out"),
         (["--output_scores"], "--output_scores needs --output_file"),
         (["--perf", "--output_file", "o.txt"], "--perf measures and writes no labels"),

@@ -13,7 +13,7 @@ import paddle
 import paddle.nn.functional as F
 import predictor
 import pytest
-from conftest import REPO, SAMPLE
+from conftest import GRAPH_FILES, REPO, SAMPLE
 
 import export_model
 import metric
@@ -25,11 +25,8 @@ import utils
 
 LABELS = utils.read_labels(SAMPLE / "label.txt")
 BASE = ["--device", "cpu", "--learning_rate", "1e-3", "--logging_steps", "10"]
-FILES = {
+FILES = GRAPH_FILES | {
     "config.json",
-    "float32.pdiparams",
-    "float32.pdiparams.info",
-    "float32.pdmodel",
     "model_config.json",
     "model_state.pdparams",
     "tokenizer_config.json",
@@ -74,6 +71,7 @@ def supernet_forward(supernet):
     return forward
 
 
+@pytest.mark.core
 # --------------------------------------------------------------------------------------- parity
 def test_importance_is_the_derivative_of_a_mask(teacher):
     """Against the difference of the loss when one head, one neuron is scaled a little."""
@@ -123,6 +121,7 @@ def test_reordering_changes_no_output_and_sorts(teacher):
         assert (np.diff(kind, axis=1) <= 1e-3 * kind.max()).all()
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("width", ["1", "3/4", "1/2", "1/4"])
 def test_supernet_is_the_narrow_layers_and_at_full_width_the_teacher(teacher, checkpoint, width):
     model, (encoded, _) = teacher
@@ -156,6 +155,7 @@ def test_losses():
     assert float(loss) == pytest.approx(-(t * np.log(s)).sum(), rel=1e-5)
 
 
+@pytest.mark.core
 # --------------------------------------------------------------------------------- a finished run
 def test_files_and_accuracy(pruned, checkpoint):
     assert {p.name for p in pruned.iterdir()} == {"0.75", "0.5"}
@@ -176,6 +176,7 @@ def test_files_and_accuracy(pruned, checkpoint):
     assert weights[0] > 1.1 * weights[1] > 1.1 * weights[2]
 
 
+@pytest.mark.core
 def test_cut_weights_predict_like_the_exported_graph(pruned, tmp_path):
     """predict.py loads the dynamic weights, infer.py the static graph; export_model.py again."""
     folder = pruned / "0.75"

@@ -59,9 +59,7 @@ def start(args, cwd, launch=(), cores=None):
         command += ["-m", "paddle.distributed.launch", *launch]
     command += [str(REPO / "train.py"), *args]
 
-    # Started from a background job, the tests would hand on that Ctrl-C is ignored.
     def prepare():
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.sched_setaffinity(0, cores or os.sched_getaffinity(0))
 
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
@@ -84,6 +82,7 @@ def kill_once_it_has_a_state(args, save_dir, seconds=0):
     process.wait()
 
 
+@pytest.mark.core
 # ------------------------------------------------------------------------------ a finished run
 def test_reaches_the_floor_on_the_sample(checkpoint):
     best = records(checkpoint, "end")[-1]
@@ -91,6 +90,7 @@ def test_reaches_the_floor_on_the_sample(checkpoint):
     assert best["macro_f1"] == max(r["macro_f1"] for r in records(checkpoint, "eval"))
 
 
+@pytest.mark.core
 def test_files_and_content_of_the_checkpoint(finished, small_data):
     assert {p.name for p in finished.iterdir()} == {
         "config.json",
@@ -106,6 +106,7 @@ def test_files_and_content_of_the_checkpoint(finished, small_data):
     assert (finished / "train_curves.png").read_bytes()[:4] == b"\x89PNG"
 
 
+@pytest.mark.core
 def test_log_has_one_object_per_step_and_evaluation(finished):
     steps = records(finished, "train")
     assert [r["step"] for r in steps] == [1, 2, 3, 4, 5, 6]  # 96 texts, batch 32, 2 epochs
@@ -123,6 +124,7 @@ def test_best_model_is_saved_while_macro_f1_is_0(small_data, tiny_model, tmp_pat
     assert weights(tmp_path)
 
 
+@pytest.mark.core
 def test_paddlenlp_loads_the_checkpoint(finished):
     from paddlenlp.transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -158,6 +160,7 @@ def test_weights_do_not_depend_on_what_the_process_ran_before(
     assert same_weights(finished, tmp_path / "a")
 
 
+@pytest.mark.core
 def test_same_command_same_weights_and_seed_matters(finished, small_data, tiny_model, tmp_path):
     flags = ("--warmup", "--warmup_steps", "2")
     train.main(argv(small_data, tiny_model, tmp_path / "a", *flags))
@@ -179,6 +182,7 @@ def test_options_change_the_weights(finished, small_data, tiny_model, tmp_path, 
     assert not same_weights(finished, tmp_path)
 
 
+@pytest.mark.core
 def test_accumulation_equals_the_large_batch(small_data, tiny_model, tmp_path):
     """Without dropout two batches of 16 give the gradient of one of 32 (96 texts: 3 steps)."""
     flags = ["--dropout", "0.0", "--epochs", "1", "--learning_rate", "1e-2"]
@@ -253,6 +257,7 @@ def test_visualdl_scalars(small_data, tiny_model, tmp_path):
     assert any(p.stat().st_size > 0 for p in logs.iterdir())
 
 
+@pytest.mark.core
 def test_init_from_ckpt(finished, small_data, tiny_model, tmp_path):
     """With a learning rate of 0 the loaded weights come out unchanged."""
     start_weights = finished / "model_state.pdparams"
@@ -277,6 +282,7 @@ def test_classifier_is_reused_only_for_the_same_labels(finished, small_data, tmp
     assert not np.array_equal(weights(tmp_path / "other")[head], weights(finished)[head])
 
 
+@pytest.mark.core
 # ------------------------------------------------------------------------------------- resume
 def test_resume_after_sigkill_is_exact(small_data, tiny_model, tmp_path):
     flags = ["--warmup", "--epochs", "3", "--save_steps", "2", "--weight_decay", "0.01"]
@@ -291,6 +297,7 @@ def test_resume_after_sigkill_is_exact(small_data, tiny_model, tmp_path):
     assert not list((tmp_path / "killed").glob(".*")), "temporary files were left"
 
 
+@pytest.mark.core
 def test_resume_faults(small_data, tiny_model, tmp_path, run_cli):
     args = argv(small_data, tiny_model, tmp_path / "c", "--save_steps", "1", "--epochs", "3")
     kill_once_it_has_a_state(args, tmp_path / "c")
@@ -409,6 +416,7 @@ def test_ctrl_c(small_data, tiny_model, tmp_path):
 LAUNCH = ["--nproc_per_node=2", "--backend=gloo", "--log_dir=log"]
 
 
+@pytest.mark.core
 def test_two_processes_report_the_dev_figures_of_one(finished, small_data, tiny_model, tmp_path):
     """Learning rate 0 on given weights: what is left is the evaluation.
 
@@ -489,6 +497,7 @@ def test_bad_flags(small_data, tiny_model, tmp_path, run_cli, extra, message):
     assert not (tmp_path / "c").exists()
 
 
+@pytest.mark.core
 def test_name_without_network(small_data, tmp_path, run_cli, monkeypatch):
     """PaddleNLP is told that nothing can be reached, as on a machine without network."""
 

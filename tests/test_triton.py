@@ -334,7 +334,10 @@ BAD_FLAGS = {
     "int8 on a GPU": (["--precision", "int8", "--device", "gpu"], "int8 needs --device cpu"),
     "a folder as prefix": (["--model_path_prefix", str(REPO)], "is a folder; give the prefix"),
     "no bundle": (["--model_path_prefix", "nowhere/float32"], "nowhere: no such folder"),
-    "wrong prefix": (["--model_path_prefix", "BUNDLE/float"], "float.pdmodel: no such file"),
+    "wrong prefix": (
+        ["--model_path_prefix", "BUNDLE/float"],
+        "float: no float.pdmodel or float.json there",
+    ),
     "other files": (["--output_dir", str(REPO / "data")], "which is no part of this repository"),
     "a file": (["--output_dir", str(REPO / "LICENSE")], "it is a file; give a folder"),
     "below a file": (["--output_dir", str(REPO / "LICENSE" / "x")], "nothing was replaced"),

@@ -36,8 +36,8 @@ def main(argv=None):
     utils.static_graph_sha256(source / PREFIX)
     if utils.static_graph(source / PREFIX)[0].suffix == ".json":
         raise UserError(
-            f"{source / PREFIX}.json: written by Paddle 3, which Paddle Serving cannot read; export "
-            "the checkpoint with Paddle 2.6.2 (requirements.txt), which reads it as it is"
+            f"{source / PREFIX}.json: written by Paddle 3, which Paddle Serving cannot read; run "
+            "export_model.py on the same checkpoint with Paddle 2.6.2 (requirements.txt)"
         )
     utils.load_tokenizer(source)  # checks it
     for flag, folder in (("--serving_server", server), ("--serving_client", args.serving_client)):

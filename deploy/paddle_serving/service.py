@@ -24,7 +24,7 @@ from http_front import BAD_REQUEST, BUSY, NAME, NOT_READY, HttpServer, parse_tex
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from supervisor import POLL, Server, check_port, keep_running
+from supervisor import POLL, Server, check_platform, check_port, keep_running
 
 import utils
 from utils import UserError, logger
@@ -48,6 +48,7 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
+    check_platform()
     config = read_config(args.config)
     if args.worker:
         return worker(config)

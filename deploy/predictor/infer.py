@@ -8,7 +8,6 @@ Texts are streamed: memory does not grow with the file, and `--data_file /dev/st
 """
 
 import itertools
-import sys
 import time
 from pathlib import Path
 

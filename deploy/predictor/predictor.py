@@ -23,6 +23,7 @@ from utils import UserError, logger
 
 OPSET = 13
 INPUTS = ["input_ids", "token_type_ids"]
+PYTHON = sys.version_info[:2]
 
 
 def bundle_folder(prefix):
@@ -52,8 +53,12 @@ def make_onnx(prefix, precision):
         if not source.exists() or _made_from(_load_onnx(source)) != sha256:
             make_onnx(prefix, "fp32")
     try:
-        with tempfile.TemporaryDirectory() as temporary, _stdout_to_stderr():
-            convert(source, Path(temporary) / "result.onnx")
+        with (
+            tempfile.TemporaryDirectory() as temporary,
+            utils.native_path(source) as native,
+            _stdout_to_stderr(),
+        ):
+            convert(native, Path(temporary) / "result.onnx")
             model = onnx.load(str(Path(temporary) / "result.onnx"))
     except UserError:
         raise
@@ -88,11 +93,11 @@ def _import(name, why):
     try:
         return __import__(name)
     except ImportError as error:
-        if name == "paddle2onnx" and sys.version_info >= (3, 13):
+        if name == "paddle2onnx" and PYTHON >= (3, 13):
             raise UserError(
-                f"{why} needs paddle2onnx, which has no release for Python {sys.version_info[0]}."
-                f"{sys.version_info[1]}; run export_model.py --onnx on the checkpoint with Python "
-                "3.12, and take that bundle"
+                f"{why} needs paddle2onnx, which has no release for Python {PYTHON[0]}.{PYTHON[1]};"
+                " run export_model.py --onnx on the checkpoint with Python 3.12, and take that "
+                "bundle"
             ) from error
         raise UserError(
             f"{why} needs the package {name} (pip install {name}), or a bundle that holds the file "
@@ -126,17 +131,16 @@ def _convert(prefix, path):
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     version, raw = importlib.metadata.version("paddle2onnx"), path.with_name("raw.onnx")
-    with utils.native_path(prefix) as native:
-        graph, weights = map(str, utils.static_graph(native))
-        if graph.endswith(".json") and version.startswith("1."):
-            raise UserError(
-                f"{prefix}.json: written by Paddle 3, which paddle2onnx {version} cannot read; "
-                "export the checkpoint with Paddle 3 and --onnx"
-            )
-        # With a file name paddle2onnx 2 would optimise the model, and install what that needs.
-        raw.write_bytes(
-            paddle2onnx.export(graph, weights, opset_version=OPSET, enable_onnx_checker=True)
+    graph, weights = map(str, utils.static_graph(prefix))
+    if graph.endswith(".json") and version.startswith("1."):
+        raise UserError(
+            f"{Path(graph).name}: written by Paddle 3, which paddle2onnx {version} cannot read; "
+            "export the checkpoint with Paddle 3 and --onnx"
         )
+    # With a file name paddle2onnx 2 would optimise the model, and install what that needs.
+    raw.write_bytes(
+        paddle2onnx.export(graph, weights, opset_version=OPSET, enable_onnx_checker=True)
+    )
     ort.set_default_logger_severity(3)  # it notes every constant that it removes
     quant_pre_process(str(raw), str(path), skip_symbolic_shape=True)
 

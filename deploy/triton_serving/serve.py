@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
-from supervisor import POLL, Server, check_port, keep_running, logger
+from supervisor import POLL, Server, check_platform, check_port, keep_running, logger
 
 STUB = "triton_python_b"  # name of a Python model's process, as the kernel cuts it
 STANDSTILL = 10.0  # seconds without progress after which nothing more is waited for
@@ -45,6 +45,7 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="serve.py: %(message)s")
+    check_platform()
     for port in (args.http_port, args.grpc_port):
         check_port(args.address, port)
     return keep_running(lambda: TritonServer(args), max_failed_starts=1)
