@@ -43,14 +43,12 @@ class PlainLoop(utils.Labeller):
 
 
 def plain_loop(args, side):
-    from paddlenlp.transformers import AutoTokenizer
-
     if side == "plain":
         paddle.set_device("cpu")
     else:
         model.set_device("cpu")
     net, info = model.load_checkpoint(args.params_path)
-    tokenizer = AutoTokenizer.from_pretrained(args.params_path)
+    tokenizer = model.transformers.AutoTokenizer.from_pretrained(args.params_path)
     return PlainLoop(model.dygraph_forward(net), tokenizer, info, args.batch_size)
 
 

@@ -311,11 +311,12 @@ def test_word_lists(tmp_path, run_cli):
 def mlm(tiny_model, tmp_path_factory):
     """A random masked language model as a local folder."""
     import paddle
-    from paddlenlp.transformers import ErnieConfig, ErnieForMaskedLM
+
+    from model import transformers
 
     folder = tmp_path_factory.mktemp("mlm")
     paddle.seed(1)
-    model = ErnieForMaskedLM(ErnieConfig.from_pretrained(str(tiny_model)))
+    model = transformers.ErnieForMaskedLM(transformers.ErnieConfig.from_pretrained(str(tiny_model)))
     model.save_pretrained(str(folder))
     utils.copy_tokenizer(tiny_model, folder)
     return folder

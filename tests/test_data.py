@@ -72,10 +72,10 @@ def test_the_sample_is_not_copied_from_the_real_set(shared):
 
 # ------------------------------------------------------------------------------- the initial model
 def test_initial_model_loads_in_paddlenlp_and_in_train(tiny_model, tmp_path):
-    from paddlenlp.transformers import ErnieForSequenceClassification
-
     written = models.load_weights(tiny_model / utils.WEIGHTS_FILE)
-    theirs = ErnieForSequenceClassification.from_pretrained(str(tiny_model), num_labels=20)
+    theirs = models.transformers.ErnieForSequenceClassification.from_pretrained(
+        str(tiny_model), num_labels=20
+    )
     ours = models.load_folder(tiny_model, list(make_sample.LABELS))
     for model in (theirs, ours):
         state = {name: value.numpy() for name, value in model.state_dict().items()}

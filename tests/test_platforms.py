@@ -178,7 +178,8 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 def on_windows(*command):
     """A script where the modules and functions are missing that Windows does not have."""
-    return run(sys.executable, "-c", WINDOWS, *command)
+    # filelock warns where there is neither fcntl nor, on Windows, msvcrt.
+    return run(sys.executable, "-W", "ignore::UserWarning", "-c", WINDOWS, *command)
 
 
 def test_what_windows_does_not_have(bundle, sample_scores, tmp_path):

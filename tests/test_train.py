@@ -15,7 +15,6 @@ import numpy as np
 import paddle
 import pytest
 from conftest import REPO, SAMPLE, free_port
-from paddlenlp import transformers
 
 import model as models
 import predict
@@ -126,13 +125,11 @@ def test_best_model_is_saved_while_macro_f1_is_0(small_data, tiny_model, tmp_pat
 
 @pytest.mark.core
 def test_paddlenlp_loads_the_checkpoint(finished):
-    from paddlenlp.transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-    model = AutoModelForSequenceClassification.from_pretrained(str(finished))
+    model = models.transformers.AutoModelForSequenceClassification.from_pretrained(str(finished))
     assert list(model.config.id2label.values()) == utils.read_model_info(finished).labels
     saved = weights(finished)
     assert all(np.array_equal(v.numpy(), saved[k]) for k, v in model.state_dict().items())
-    assert AutoTokenizer.from_pretrained(str(finished)).vocab_size > 100
+    assert models.transformers.AutoTokenizer.from_pretrained(str(finished)).vocab_size > 100
 
 
 def test_log_lines_are_those_of_the_original(small_data, tiny_model, tmp_path, run_cli):
@@ -504,7 +501,9 @@ def test_name_without_network(small_data, tmp_path, run_cli, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError("Can't load the model")
 
-    monkeypatch.setattr(transformers.AutoModelForSequenceClassification, "from_pretrained", fail)
+    monkeypatch.setattr(
+        models.transformers.AutoModelForSequenceClassification, "from_pretrained", fail
+    )
     args = argv(small_data, "ernie-3.0-nano-zh", tmp_path / "c")
     status, err = run_cli(train.main, args)
     assert status == 2
