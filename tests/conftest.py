@@ -26,6 +26,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # pytest runs in a backgr
 
 SAMPLE = REPO / "data"
 PADDLE_3 = importlib.metadata.version("paddlepaddle").startswith("3.")
+SERVERS = {"paddle_serving_server", "tritonclient", "pytriton"}
 GRAPH_FILES = {"float32.json" if PADDLE_3 else "float32.pdmodel", "float32.pdiparams"}
 GRAPH_FILES |= set() if PADDLE_3 else {"float32.pdiparams.info"}
 
@@ -49,6 +50,8 @@ def needs_environment(name):
 def needs_package(name):
     """For a test or a whole test file: skips it where a package for tests is not installed."""
     if importlib.util.find_spec(name) is None:
+        if PADDLE_3 and name in SERVERS:
+            pytest.skip(f"{name} is tested beside Paddle 2", allow_module_level=True)
         if os.environ.get("REQUIRE_SHARED"):
             raise ImportError(f"REQUIRE_SHARED is set and {name} is not installed; see Makefile")
         pytest.skip(f"{name} is not installed; `make test` does it", allow_module_level=True)
@@ -163,12 +166,16 @@ def checkpoint(tiny_model, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def bundle(checkpoint, tmp_path_factory):
-    """The exported checkpoint with its ONNX file; tests that change it take a copy."""
-    import export_model
-
+def converter():
+    """For tests that make an ONNX file: skips them where there is no converter."""
     if sys.version_info >= (3, 13):
         pytest.skip("paddle2onnx has no release for Python 3.13")
+
+
+@pytest.fixture(scope="session")
+def bundle(checkpoint, converter, tmp_path_factory):
+    """The exported checkpoint with its ONNX file; tests that change it take a copy."""
+    import export_model
 
     def make(folder):
         flags = ["--params_path", str(checkpoint), "--output_path", str(folder), "--onnx"]

@@ -157,7 +157,7 @@ def test_losses():
 
 @pytest.mark.core
 # --------------------------------------------------------------------------------- a finished run
-def test_files_and_accuracy(pruned, checkpoint):
+def test_files_and_accuracy(converter, pruned, checkpoint):
     assert {p.name for p in pruned.iterdir()} == {"0.75", "0.5"}
     texts, label_ids = utils.read_examples(SAMPLE / "dev.txt", LABELS)
     targets, sizes = utils.multi_hot(label_ids, 20), [checkpoint]
@@ -177,7 +177,7 @@ def test_files_and_accuracy(pruned, checkpoint):
 
 
 @pytest.mark.core
-def test_cut_weights_predict_like_the_exported_graph(pruned, tmp_path):
+def test_cut_weights_predict_like_the_exported_graph(converter, pruned, tmp_path):
     """predict.py loads the dynamic weights, infer.py the static graph; export_model.py again."""
     folder = pruned / "0.75"
     flags = ["--device", "cpu", "--dataset_dir", SAMPLE, "--params_path", folder]
