@@ -81,14 +81,7 @@ def kill_once_it_has_a_state(args, save_dir, seconds=0):
     process.wait()
 
 
-@pytest.mark.core
 # ------------------------------------------------------------------------------ a finished run
-def test_reaches_the_floor_on_the_sample(checkpoint):
-    best = records(checkpoint, "end")[-1]
-    assert best["micro_f1"] >= 0.90
-    assert best["macro_f1"] == max(r["macro_f1"] for r in records(checkpoint, "eval"))
-
-
 @pytest.mark.core
 def test_files_and_content_of_the_checkpoint(finished, small_data):
     assert {p.name for p in finished.iterdir()} == {
@@ -582,3 +575,10 @@ def test_full_disk_keeps_the_old_model(finished, small_data, tiny_model, run_cli
 def test_paddle_is_the_cpu_build():
     """The tests of --device gpu rely on it."""
     assert not paddle.is_compiled_with_cuda()
+
+
+@pytest.mark.core
+def test_reaches_the_floor_on_the_sample(checkpoint):
+    best = records(checkpoint, "end")[-1]
+    assert best["micro_f1"] >= 0.90
+    assert best["macro_f1"] == max(r["macro_f1"] for r in records(checkpoint, "eval"))
