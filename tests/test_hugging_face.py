@@ -147,8 +147,8 @@ def logits_of(model, batch):
     return models.dygraph_forward(model)(**batch)
 
 
-@pytest.mark.core
 # -------------------------------------------------------------------------------- what is computed
+@pytest.mark.core
 @pytest.mark.parametrize("use_task_id", [True, False])
 def test_ernie_gives_the_logits_of_the_paddle_folder(
     source, arrays, write, tiny_model, tmp_path, use_task_id

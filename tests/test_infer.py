@@ -54,8 +54,8 @@ def stamp(path):
     return path.stat().st_mtime_ns, path.read_bytes()
 
 
-@pytest.mark.core
 # ------------------------------------------------------------------------------- the same answers
+@pytest.mark.core
 @pytest.mark.parametrize("name", ["o.txt", "o.jsonl"])
 def test_result_is_that_of_predict(bundle, checkpoint, data, tmp_path, name):
     """Same lines, same labels; a probability may differ in the last digits."""
@@ -221,8 +221,8 @@ def test_perf_counts_forward_passes_once_and_without_warm_up(bundle):
     assert result["texts_per_second"] == pytest.approx(400 / result["seconds"])
 
 
-@pytest.mark.core
 # --------------------------------------------------------------------------------- int8 and fp16
+@pytest.mark.core
 def test_int8_quantises_every_weight_and_keeps_the_labels(own_bundle):
     prefix = own_bundle / "float32"
     names, probs = predictor.Predictor(prefix).predict(DEV_TEXTS)

@@ -47,8 +47,8 @@ def rows_of(output):
     return [line.split("\t") for line in output.decode().split("\n")[1:-1]]
 
 
-@pytest.mark.core
 # ----------------------------------------------------------------------------------- the result
+@pytest.mark.core
 def test_dev_set(run, checkpoint, tmp_path):
     output = run(DEV_TEXTS)
     rows = rows_of(output)

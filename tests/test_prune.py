@@ -71,8 +71,8 @@ def supernet_forward(supernet):
     return forward
 
 
-@pytest.mark.core
 # --------------------------------------------------------------------------------------- parity
+@pytest.mark.core
 def test_importance_is_the_derivative_of_a_mask(teacher):
     """Against the difference of the loss when one head, one neuron is scaled a little."""
     model, examples = teacher
@@ -155,8 +155,8 @@ def test_losses():
     assert float(loss) == pytest.approx(-(t * np.log(s)).sum(), rel=1e-5)
 
 
-@pytest.mark.core
 # --------------------------------------------------------------------------------- a finished run
+@pytest.mark.core
 def test_files_and_accuracy(converter, pruned, checkpoint):
     assert {p.name for p in pruned.iterdir()} == {"0.75", "0.5"}
     texts, label_ids = utils.read_examples(SAMPLE / "dev.txt", LABELS)

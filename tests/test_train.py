@@ -272,8 +272,8 @@ def test_classifier_is_reused_only_for_the_same_labels(finished, small_data, tmp
     assert not np.array_equal(weights(tmp_path / "other")[head], weights(finished)[head])
 
 
-@pytest.mark.core
 # ------------------------------------------------------------------------------------- resume
+@pytest.mark.core
 def test_resume_after_sigkill_is_exact(small_data, tiny_model, tmp_path):
     flags = ["--warmup", "--epochs", "3", "--save_steps", "2", "--weight_decay", "0.01"]
     flags += ["--early_stop", "--gradient_accumulation_steps", "2", "--batch_size", "8"]
