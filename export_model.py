@@ -2,10 +2,10 @@
 
     python export_model.py --params_path ./checkpoint --output_path ./export
 
-writes float32.pdmodel, .pdiparams and .pdiparams.info (Paddle 3: float32.json and .pdiparams; inputs
-input_ids and token_type_ids, output logits) with the tokenizer and config.json (labels, length,
-decision rule) beside them; with --onnx also model.onnx. The result is compared with the trained
-model before the folder appears.
+writes float32.pdmodel, .pdiparams and .pdiparams.info (Paddle 3: float32.json and .pdiparams) with
+the tokenizer and config.json (labels, length, decision rule) beside them; with --onnx also
+model.onnx. Inputs are input_ids and token_type_ids, the output is logits. The result is compared
+with the trained model before the folder appears.
 """
 
 import sys
