@@ -8,6 +8,7 @@ the exported bundle for deployments. The method is in prune_trainer.py.
 """
 
 import argparse
+import contextlib
 from fractions import Fraction
 from pathlib import Path
 
@@ -98,15 +99,15 @@ def main(argv=None):
         logger.warning(message, args.max_seq_length, info.max_seq_length)
     if info.thresholds is not None:
         logger.warning("The thresholds were tuned for the teacher; tune the students' anew")
-    train_set, dev_set = read_data(args, info)
-    if rank == 0:
-        check_targets(args)
-    teacher, _ = model.load_checkpoint(args.params_dir)
-    paddle.seed(args.seed)
-    logger.info("Pruning starts.")
-    pruner = Pruner(args, teacher, info.labels, train_set, dev_set)
-    for width in args.width_mult:
-        pruner.prune(width)
+    with contextlib.ExitStack() as stack:
+        model.on_rank_0(lock_targets, args, stack)
+        train_set, dev_set = read_data(args, info)
+        teacher, _ = model.load_checkpoint(args.params_dir)
+        paddle.seed(args.seed)
+        logger.info("Pruning starts.")
+        pruner = Pruner(args, teacher, info.labels, train_set, dev_set)
+        for width in args.width_mult:
+            pruner.prune(width)
 
 
 def parse_width(text):
@@ -131,12 +132,14 @@ def check_widths(widths, num_heads):
             )
 
 
-def check_targets(args):
-    """The folders of all widths can be written, and none is the teacher's. Raises UserError."""
+def lock_targets(args, stack):
+    """The folders of all widths can be written, none is the teacher's, and no other run writes to
+    them until `stack` is closed. Raises UserError."""
     for width in args.width_mult:
         target = Path(args.output_dir) / str(float(width))
         if target.resolve() == Path(args.params_dir).resolve():
             raise UserError(f"--output_dir: {target} is the checkpoint itself; give another folder")
+        stack.enter_context(utils.run_lock("--output_dir", target, "pruning"))
         if (target / utils.CONFIG_FILE).exists():
             logger.warning("%s holds a model; the new one will replace it", target)
         with utils.atomic_folder(target):

@@ -138,9 +138,12 @@ def main(argv=None):
     rank, _ = model.init_processes()
     if rank > 0:
         logger.setLevel("WARNING")  # every rank would say the same
-    finished = model.on_rank_0(finished_run, args)
-    paddle.seed(args.seed)
-    with tempfile.TemporaryDirectory() as work_dir, logging_redirect_tqdm([logger]):
+    with contextlib.ExitStack() as stack:
+        model.on_rank_0(lock_folders, args, stack)
+        finished = model.on_rank_0(finished_run, args)
+        paddle.seed(args.seed)
+        work_dir = stack.enter_context(tempfile.TemporaryDirectory())
+        stack.enter_context(logging_redirect_tqdm([logger]))
         net, tokenizer_dir = load_pretrained(args.model_name, labels, Path(work_dir))
         start = start_sha256(net)
         configure(net, args, labels)
@@ -159,7 +162,8 @@ def main(argv=None):
         utils.log_truncation(cut + dev_cut, total, args.max_seq_length)
         for name, ids in (("Train", encoded), ("Dev", dev_encoded)):
             logger.info("%s set: %d texts, %d tokens", name, len(ids), sum(map(len, ids)))
-        remove_leftovers(Path(args.save_dir))
+        if rank == 0:
+            remove_leftovers(Path(args.save_dir))
         Trainer(args, net, len(labels), train_set, dev_set, tokenizer_dir, identity).run()
 
 
@@ -472,6 +476,16 @@ def make_loss(name, pos_weight=None):
 
 
 # -------------------------------------------------------------------------------- the save folder
+def lock_folders(args, stack):
+    """No other run may write to the folders of this one; `stack` unlocks them when it is closed."""
+    folders = {os.path.realpath(args.save_dir): ("--save_dir", args.save_dir)}
+    if args.visualdl_dir:
+        name = os.path.realpath(args.visualdl_dir)
+        folders.setdefault(name, ("--visualdl_dir", args.visualdl_dir))
+    for flag, folder in folders.values():
+        stack.enter_context(utils.run_lock(flag, folder, "training"))
+
+
 def finished_run(args):
     """What --resume compares if save_dir holds a finished run (see identity_of), else None.
 
@@ -528,11 +542,9 @@ def check_identity(identity, expected, hint):
 
 
 def remove_leftovers(save_dir):
-    """Makes the folder; removes what a killed run was writing."""
-    save_dir.mkdir(parents=True, exist_ok=True)
-    if paddle.distributed.get_rank() == 0:
-        for path in save_dir.glob(".*.tmp"):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    """Removes what a killed run was writing."""
+    for path in save_dir.glob(".*.tmp"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 class TrainLog:
