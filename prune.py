@@ -101,11 +101,12 @@ def main(argv=None):
         logger.warning("The thresholds were tuned for the teacher; tune the students' anew")
     with contextlib.ExitStack() as stack:
         model.on_rank_0(lock_targets, args, stack)
-        train_set, dev_set = read_data(args, info)
-        teacher, _ = model.load_checkpoint(args.params_dir)
+        labels = read_labels(args, info)
+        train_set, dev_set = read_data(args, labels)
+        teacher, _ = model.load_checkpoint(args.params_dir, labels)
         paddle.seed(args.seed)
         logger.info("Pruning starts.")
-        pruner = Pruner(args, teacher, info.labels, train_set, dev_set)
+        pruner = Pruner(args, teacher, labels, train_set, dev_set)
         for width in args.width_mult:
             pruner.prune(width)
 
@@ -146,13 +147,24 @@ def lock_targets(args, stack):
             pass  # nothing changes, but an error shows now and not after the first evaluation
 
 
-def read_data(args, info):
+def read_labels(args, info):
+    """The teacher's labels in the order of label.txt, if there is one; raises UserError if that
+    holds others."""
+    path = Path(args.dataset_dir) / "label.txt"
+    if not path.exists():
+        return info.labels
+    labels, config = utils.read_labels(path), Path(args.params_dir) / utils.CONFIG_FILE
+    advice = "give the label file that it was trained with"
+    model.check_same_labels(path, labels, info.labels, config, advice)
+    return labels
+
+
+def read_data(args, labels):
     """(train, dev), each (token ids, label ids)."""
     data, sets = Path(args.dataset_dir), []
-    utils.check_labels(data, None, info.labels)
     tokenizer = utils.load_tokenizer(args.params_dir)
     for name in ("train.txt", "dev.txt"):
-        texts, label_ids = utils.read_examples(data / name, info.labels)
+        texts, label_ids = utils.read_examples(data / name, labels)
         encoded, cut = utils.encode(texts, tokenizer, args.max_seq_length)
         utils.log_truncation(cut, len(texts), args.max_seq_length)
         sets.append((encoded, label_ids))

@@ -171,7 +171,7 @@ def main(argv=None):
 def load_pretrained(name, labels, work_dir):
     """Returns (model, folder with its tokenizer files) for a local folder or a PaddleNLP name.
 
-    The classifier is new unless a local folder was trained with the very same labels.
+    Of a local folder's classifier, what it knows of these labels is kept.
     """
     if Path(name).is_dir():
         return model.load_folder(Path(name), labels), Path(name)
@@ -192,7 +192,7 @@ def configure(net, args, labels):
     """What the flags say of the model, and what its config.json shall say."""
     utils.check_length(args.max_seq_length, net.config.max_position_embeddings)
     if args.init_from_ckpt:
-        model.set_weights(net, model.load_weights(args.init_from_ckpt), args.init_from_ckpt)
+        model.set_weights(net, initial_weights(net, args, labels), args.init_from_ckpt)
     if args.dropout is not None:
         for layer in net.sublayers(include_self=True):
             if isinstance(layer, paddle.nn.Dropout):
@@ -205,6 +205,26 @@ def configure(net, args, labels):
     net.config.max_seq_length = args.max_seq_length
     net.config.thresholds = None  # of another training, if the folder had any
     net.config.min_labels, net.config.max_labels = 0, None
+
+
+def initial_weights(net, args, labels):
+    """The weights of --init_from_ckpt, its classifier in the order of the labels. Raises UserError
+    if it was trained with others."""
+    path = Path(args.init_from_ckpt)
+    weights, names = model.load_weights(path), model.read_label_names(path.parent, labels)
+    if names is None:
+        message = "%s: no %s with label names beside it; only the number of labels can be compared"
+        logger.warning(message, path, utils.CONFIG_FILE)
+        return weights
+    label_file, config = Path(args.dataset_dir) / args.label_file, path.parent / utils.CONFIG_FILE
+    advice = "use the label file that it was trained with"
+    if path.name == utils.WEIGHTS_FILE:
+        advice += f", or --model_name {path.parent} instead of --init_from_ckpt"
+        if os.path.realpath(path.parent) == os.path.realpath(args.save_dir):
+            advice += " and another --save_dir"
+        advice += ", which keeps the weights of the labels that both have"
+    model.check_same_labels(label_file, labels, names, config, advice)
+    return model.fit_classifier(weights, net, names, labels, path)
 
 
 # --------------------------------------------------------------------------------- the training
