@@ -34,6 +34,7 @@ def main(argv=None):
         raise UserError(f"--output_path {target} holds a checkpoint; give another folder")
     info = utils.read_model_info(source)
     info = info.with_settings(min_labels=args.min_labels, max_labels=args.max_labels)
+    utils.check_labels(source, None, info.labels)
     utils.load_tokenizer(source)  # checks it
     config = {**utils.read_json(source / utils.CONFIG_FILE), **info.limits}
     model.set_device("cpu")

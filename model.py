@@ -12,6 +12,7 @@ import os
 import pickle
 import sys
 import tempfile
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -39,6 +40,7 @@ PIR = int(paddle.__version__.split(".")[0]) >= 3  # the static graph is a .json,
 PREFIX = "float32"  # name of the static graph's files in a bundle
 MAX_DIFFERENCE = 1e-4  # of a logit, between the trained model and what is exported
 CHECK_SEQUENCES, CHECK_BATCH = 64, 16
+SHOWN_LABELS = 5  # names in one log line
 LOSS_SCALE = 2.0**20  # see scaled_backward
 
 
@@ -258,6 +260,11 @@ def narrow_layers(model, width_mult):
 def set_weights(model, weights, where):
     """Sets all parameters; raises UserError that names a missing, superfluous or misshapen one."""
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    check_shapes(expected, weights, where)
+    model.set_state_dict({name: value.astype("float32") for name, value in weights.items()})
+
+
+def check_shapes(expected, weights, where):
     found = {name: tuple(value.shape) for name, value in weights.items()}
     for name in [*expected, *found]:
         if expected.get(name) != found.get(name):
@@ -265,7 +272,6 @@ def set_weights(model, weights, where):
                 f"{where}: parameter {name} has shape {found.get(name)}, the model needs "
                 f"{expected.get(name)}; is it a checkpoint of another model or label set?"
             )
-    model.set_state_dict({name: value.astype("float32") for name, value in weights.items()})
 
 
 class _ArrayUnpickler(pickle.Unpickler):
@@ -307,18 +313,31 @@ def save_weights(file, weights):
     pickle.dump(dict(weights), file, protocol=4)
 
 
-def load_checkpoint(params_path):
-    """Returns (model in eval mode, utils.ModelInfo). Raises UserError for a broken folder."""
+def load_checkpoint(params_path, labels=None):
+    """Returns (model in eval mode, utils.ModelInfo). Raises UserError for a broken folder.
+
+    labels: the same names in the order that the logits shall have; None: the checkpoint's.
+    """
     info = utils.read_model_info(params_path)
     model = build_model(params_path, len(info.labels))
     weights_file = Path(params_path) / WEIGHTS_FILE
-    set_weights(model, load_weights(weights_file), weights_file)
+    weights = load_weights(weights_file)
+    if labels not in (None, info.labels):
+        weights = fit_classifier(weights, model, info.labels, labels, weights_file)
+        rule = dict(zip(info.labels, info.thresholds or []))
+        info = replace(
+            info, labels=labels, thresholds=[rule[name] for name in labels] if rule else None
+        )
+    set_weights(model, weights, weights_file)
     model.eval()
     return model, info
 
 
 def load_folder(folder, labels):
-    """A classifier with the weights of a local folder, in PaddleNLP's or Hugging Face's format."""
+    """A classifier with the weights of a local folder, in PaddleNLP's or Hugging Face's format.
+
+    What it knows of a label, by its name, is kept; the classifier's other weights are new.
+    """
     model = build_model(folder, len(labels))
     path, encoder = folder / WEIGHTS_FILE, model.base_model_prefix + "."
     new = {name: value.numpy() for name, value in model.state_dict().items()}
@@ -329,13 +348,72 @@ def load_folder(folder, labels):
     else:
         path = folder
         weights = hugging_face.read_weights(folder, new, encoder)
-    names = read_json(folder / CONFIG_FILE).get("id2label") or {}
-    same_labels = [names[i] for i in sorted(names, key=int)] == labels
+    names = read_label_names(folder, labels)
     used = {name: value for name, value in new.items() if not name.startswith(encoder)}
-    kept = [k for k in weights if k in new and (k.startswith(encoder) or same_labels)]
-    used.update({k: weights[k] for k in kept})
-    set_weights(model, used, path)
+    kept = {k: v for k, v in weights.items() if k in new and (k.startswith(encoder) or names)}
+    if names:
+        kept = fit_classifier(kept, model, names, labels, path)
+    set_weights(model, {**used, **kept}, path)
     return model
+
+
+# ------------------------------------------------------------------------------------- the labels
+def read_label_names(folder, labels):
+    """Label names in a folder's config.json, in the order of the logits; None if it has none, or
+    only the LABEL_0, LABEL_1 ... that libraries write where nobody named them (and `labels`, the
+    label file's, are others)."""
+    path = Path(folder) / CONFIG_FILE
+    names = read_json(path).get("id2label") if path.exists() else None
+    if not isinstance(names, dict) or set(names) != set(map(str, range(len(names)))):
+        return None
+    names = [str(names[str(i)]) for i in range(len(names))]
+    unnamed = names == [f"LABEL_{i}" for i in range(len(names))]
+    return None if not names or unnamed and not set(names) & set(labels) else names
+
+
+def check_same_labels(label_file, labels, names, where, advice):
+    """The label file must hold the names that weights were trained with, in any order. Raises
+    UserError that names the first difference; where: what has `names`."""
+    known, listed = set(names), set(labels)
+    for line, label in enumerate(labels, 1):
+        if label not in known:
+            why = f"label '{label}' is not among the {len(names)} labels of {where}"
+            raise UserError(f"{label_file}:{line}: {why}; {advice}")
+    for name in names:
+        if name not in listed:
+            raise UserError(f"{label_file}: label '{name}' of {where} is missing; {advice}")
+
+
+def fit_classifier(weights, model, names, labels, where):
+    """`weights` with the classifier [..., names] in the order of `labels`: a label's column goes
+    with its name, and that of a label which is not among `names` is the model's. Logs what changes.
+    """
+    encoder = model.base_model_prefix + "."
+    head = {name: value for name, value in weights.items() if not name.startswith(encoder)}
+    if names == labels or not head:
+        return weights
+    new = {name: value.numpy() for name, value in model.state_dict().items() if name in head}
+    check_shapes({k: (*v.shape[:-1], len(names)) for k, v in new.items()}, head, where)
+    known, listed = {name: i for i, name in enumerate(names)}, set(labels)
+    columns = [known.get(label, len(names) + i) for i, label in enumerate(labels)]
+    fitted = {k: np.concatenate([head[k], new[k]], axis=-1)[..., columns] for k in head}
+    starting = [label for label in labels if label not in known]
+    unused = [name for name in names if name not in listed]
+    if starting or unused:
+        changes = [f"knows {len(labels) - len(starting)} of the {len(labels)} labels"]
+        if starting:
+            changes.append(f"{len(starting)} start(s) anew: {_first(starting)}")
+        if unused:
+            changes.append(f"{len(unused)} of its own not in the label file: {_first(unused)}")
+        logger.warning("%s: the classifier %s", where, "; ".join(changes))
+    else:
+        message = "%s: the same %d labels in another order; the classifier takes the label file's"
+        logger.info(message, where, len(labels))
+    return {**weights, **fitted}
+
+
+def _first(names):
+    return ", ".join([*names[:SHOWN_LABELS], *(["..."] if len(names) > SHOWN_LABELS else [])])
 
 
 # ------------------------------------------------------------------------------------- training

@@ -8,6 +8,7 @@ the exported bundle for deployments. The method is in prune_trainer.py.
 """
 
 import argparse
+import contextlib
 from fractions import Fraction
 from pathlib import Path
 
@@ -98,15 +99,16 @@ def main(argv=None):
         logger.warning(message, args.max_seq_length, info.max_seq_length)
     if info.thresholds is not None:
         logger.warning("The thresholds were tuned for the teacher; tune the students' anew")
-    train_set, dev_set = read_data(args, info)
-    if rank == 0:
-        check_targets(args)
-    teacher, _ = model.load_checkpoint(args.params_dir)
-    paddle.seed(args.seed)
-    logger.info("Pruning starts.")
-    pruner = Pruner(args, teacher, info.labels, train_set, dev_set)
-    for width in args.width_mult:
-        pruner.prune(width)
+    with contextlib.ExitStack() as stack:
+        model.on_rank_0(lock_targets, args, stack)
+        labels = read_labels(args, info)
+        train_set, dev_set = read_data(args, labels)
+        teacher, _ = model.load_checkpoint(args.params_dir, labels)
+        paddle.seed(args.seed)
+        logger.info("Pruning starts.")
+        pruner = Pruner(args, teacher, labels, train_set, dev_set)
+        for width in args.width_mult:
+            pruner.prune(width)
 
 
 def parse_width(text):
@@ -131,25 +133,38 @@ def check_widths(widths, num_heads):
             )
 
 
-def check_targets(args):
-    """The folders of all widths can be written, and none is the teacher's. Raises UserError."""
+def lock_targets(args, stack):
+    """The folders of all widths can be written, none is the teacher's, and no other run writes to
+    them until `stack` is closed. Raises UserError."""
     for width in args.width_mult:
         target = Path(args.output_dir) / str(float(width))
         if target.resolve() == Path(args.params_dir).resolve():
             raise UserError(f"--output_dir: {target} is the checkpoint itself; give another folder")
+        stack.enter_context(utils.run_lock("--output_dir", target, "pruning"))
         if (target / utils.CONFIG_FILE).exists():
             logger.warning("%s holds a model; the new one will replace it", target)
         with utils.atomic_folder(target):
             pass  # nothing changes, but an error shows now and not after the first evaluation
 
 
-def read_data(args, info):
+def read_labels(args, info):
+    """The teacher's labels in the order of label.txt, if there is one; raises UserError if that
+    holds others."""
+    path = Path(args.dataset_dir) / "label.txt"
+    if not path.exists():
+        return info.labels
+    labels, config = utils.read_labels(path), Path(args.params_dir) / utils.CONFIG_FILE
+    advice = "give the label file that it was trained with"
+    model.check_same_labels(path, labels, info.labels, config, advice)
+    return labels
+
+
+def read_data(args, labels):
     """(train, dev), each (token ids, label ids)."""
     data, sets = Path(args.dataset_dir), []
-    utils.check_labels(data, None, info.labels)
     tokenizer = utils.load_tokenizer(args.params_dir)
     for name in ("train.txt", "dev.txt"):
-        texts, label_ids = utils.read_examples(data / name, info.labels)
+        texts, label_ids = utils.read_examples(data / name, labels)
         encoded, cut = utils.encode(texts, tokenizer, args.max_seq_length)
         utils.log_truncation(cut, len(texts), args.max_seq_length)
         sets.append((encoded, label_ids))

@@ -325,6 +325,8 @@ class Pruner:
         target = Path(self.args.output_dir) / str(float(width_mult))
         config = utils.read_json(source / utils.CONFIG_FILE)
         config["width_mult"], config["thresholds"] = str(width_mult), None
+        config["id2label"] = {str(i): name for i, name in enumerate(self.labels)}
+        config["label2id"] = {name: i for i, name in enumerate(self.labels)}
         config["max_seq_length"] = self.args.max_seq_length
         config["pruning"] = dev_figures
         model.set_device("cpu")

@@ -138,9 +138,12 @@ def main(argv=None):
     rank, _ = model.init_processes()
     if rank > 0:
         logger.setLevel("WARNING")  # every rank would say the same
-    finished = model.on_rank_0(finished_run, args)
-    paddle.seed(args.seed)
-    with tempfile.TemporaryDirectory() as work_dir, logging_redirect_tqdm([logger]):
+    with contextlib.ExitStack() as stack:
+        model.on_rank_0(lock_folders, args, stack)
+        finished = model.on_rank_0(finished_run, args)
+        paddle.seed(args.seed)
+        work_dir = stack.enter_context(tempfile.TemporaryDirectory())
+        stack.enter_context(logging_redirect_tqdm([logger]))
         net, tokenizer_dir = load_pretrained(args.model_name, labels, Path(work_dir))
         start = start_sha256(net)
         configure(net, args, labels)
@@ -159,7 +162,8 @@ def main(argv=None):
         utils.log_truncation(cut + dev_cut, total, args.max_seq_length)
         for name, ids in (("Train", encoded), ("Dev", dev_encoded)):
             logger.info("%s set: %d texts, %d tokens", name, len(ids), sum(map(len, ids)))
-        remove_leftovers(Path(args.save_dir))
+        if rank == 0:
+            remove_leftovers(Path(args.save_dir))
         Trainer(args, net, len(labels), train_set, dev_set, tokenizer_dir, identity).run()
 
 
@@ -167,7 +171,7 @@ def main(argv=None):
 def load_pretrained(name, labels, work_dir):
     """Returns (model, folder with its tokenizer files) for a local folder or a PaddleNLP name.
 
-    The classifier is new unless a local folder was trained with the very same labels.
+    Of a local folder's classifier, what it knows of these labels is kept.
     """
     if Path(name).is_dir():
         return model.load_folder(Path(name), labels), Path(name)
@@ -188,7 +192,7 @@ def configure(net, args, labels):
     """What the flags say of the model, and what its config.json shall say."""
     utils.check_length(args.max_seq_length, net.config.max_position_embeddings)
     if args.init_from_ckpt:
-        model.set_weights(net, model.load_weights(args.init_from_ckpt), args.init_from_ckpt)
+        model.set_weights(net, initial_weights(net, args, labels), args.init_from_ckpt)
     if args.dropout is not None:
         for layer in net.sublayers(include_self=True):
             if isinstance(layer, paddle.nn.Dropout):
@@ -201,6 +205,26 @@ def configure(net, args, labels):
     net.config.max_seq_length = args.max_seq_length
     net.config.thresholds = None  # of another training, if the folder had any
     net.config.min_labels, net.config.max_labels = 0, None
+
+
+def initial_weights(net, args, labels):
+    """The weights of --init_from_ckpt, its classifier in the order of the labels. Raises UserError
+    if it was trained with others."""
+    path = Path(args.init_from_ckpt)
+    weights, names = model.load_weights(path), model.read_label_names(path.parent, labels)
+    if names is None:
+        message = "%s: no %s with label names beside it; only the number of labels can be compared"
+        logger.warning(message, path, utils.CONFIG_FILE)
+        return weights
+    label_file, config = Path(args.dataset_dir) / args.label_file, path.parent / utils.CONFIG_FILE
+    advice = "use the label file that it was trained with"
+    if path.name == utils.WEIGHTS_FILE:
+        advice += f", or --model_name {path.parent} instead of --init_from_ckpt"
+        if os.path.realpath(path.parent) == os.path.realpath(args.save_dir):
+            advice += " and another --save_dir"
+        advice += ", which keeps the weights of the labels that both have"
+    model.check_same_labels(label_file, labels, names, config, advice)
+    return model.fit_classifier(weights, net, names, labels, path)
 
 
 # --------------------------------------------------------------------------------- the training
@@ -472,6 +496,16 @@ def make_loss(name, pos_weight=None):
 
 
 # -------------------------------------------------------------------------------- the save folder
+def lock_folders(args, stack):
+    """No other run may write to the folders of this one; `stack` unlocks them when it is closed."""
+    folders = {os.path.realpath(args.save_dir): ("--save_dir", args.save_dir)}
+    if args.visualdl_dir:
+        name = os.path.realpath(args.visualdl_dir)
+        folders.setdefault(name, ("--visualdl_dir", args.visualdl_dir))
+    for flag, folder in folders.values():
+        stack.enter_context(utils.run_lock(flag, folder, "training"))
+
+
 def finished_run(args):
     """What --resume compares if save_dir holds a finished run (see identity_of), else None.
 
@@ -528,11 +562,9 @@ def check_identity(identity, expected, hint):
 
 
 def remove_leftovers(save_dir):
-    """Makes the folder; removes what a killed run was writing."""
-    save_dir.mkdir(parents=True, exist_ok=True)
-    if paddle.distributed.get_rank() == 0:
-        for path in save_dir.glob(".*.tmp"):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    """Removes what a killed run was writing."""
+    for path in save_dir.glob(".*.tmp"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 class TrainLog:

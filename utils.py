@@ -18,6 +18,7 @@ import itertools
 import json
 import logging
 import os
+import platform
 import shutil
 import signal
 import sys
@@ -29,7 +30,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import WordPiece
 from tqdm import tqdm
@@ -45,6 +46,7 @@ TOKENIZER_FILES = ("vocab.txt", "tokenizer_config.json", "special_tokens_map.jso
 ONNX_FILES = {"fp32": "model.onnx", "fp16": "fp16_model.onnx", "int8": "int8_model.onnx"}
 GRAPH_SUFFIXES = ".pdmodel", ".json"  # of a static graph of Paddle 2 and of Paddle 3
 LOCK_FILE = ".multi_label.lock"
+RUN_FILE = ".multi_label_run"  # .lock and .json: see run_lock
 SPECIAL_TOKENS = ("[PAD]", "[CLS]", "[SEP]", "[MASK]", "[UNK]")
 MAX_REPORTED = 10  # offending lines listed in one error message
 MAX_LINE = 500_000  # bytes; longer than any document, so the file has lost its line ends
@@ -911,18 +913,74 @@ def write_files(folder, contents):
 
 
 @contextlib.contextmanager
-def folder_lock(path):
-    """One writer at a time: a second process waits here until the first has left the block.
+def folder_lock(path, name=LOCK_FILE, timeout=-1):
+    """One writer at a time: a second process waits here until the first has left the block, or for
+    `timeout` seconds, after which filelock.Timeout is raised.
 
     The lock file in the folder goes at the end; one that a killed process left locks nothing.
     """
-    file = Path(path) / LOCK_FILE
-    with FileLock(file):
+    file = Path(path) / name
+    with FileLock(file, timeout=timeout):
         try:
             yield
         finally:
-            with contextlib.suppress(PermissionError):  # Windows keeps a file that is open
-                file.unlink(missing_ok=True)
+            _remove(file)
+
+
+def _remove(file):
+    with contextlib.suppress(PermissionError):  # Windows keeps a file that is open
+        file.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def run_lock(flag, path, run):
+    """For a whole run that writes to a folder, which is made if it is missing: raises UserError if
+    another process, of this or another machine, is in such a block.
+
+    flag: the one that gave `path`; run: what the other process is told. The lock is not that of
+    folder_lock, so that files can be replaced during the run, and readers need not wait for its
+    end. A file of its own says who holds it: Windows lets nobody read a locked one.
+    """
+    path = Path(path)
+    holder = path / f"{RUN_FILE}.json"
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(_made_folder(path))
+            stack.enter_context(folder_lock(path, f"{RUN_FILE}.lock", timeout=0))
+            stack.callback(_remove, holder)
+            me = {"run": run, "process": os.getpid(), "host": platform.node()}
+            holder.write_text(json.dumps(me), encoding="utf-8")
+        except Timeout:
+            raise UserError(
+                f"{flag} {path}: {_who_runs(holder)}; wait until it ends, or give another folder"
+            ) from None
+        except OSError as error:
+            reason = error.strerror or error
+            raise UserError(f"cannot write {path}: {reason}; give another {flag}") from error
+        yield
+
+
+def _who_runs(holder):
+    try:
+        run = json.loads(holder.read_text(encoding="utf-8"))
+        host = "" if run["host"] == platform.node() else f" on {run['host']}"
+        return f"a {run['run']} is running here (process {run['process']}{host})"
+    except (OSError, ValueError, LookupError, TypeError):  # it is starting or ending just now
+        return "another run is writing here"
+
+
+@contextlib.contextmanager
+def _made_folder(path):
+    """The folder exists in the block; if it did not before and stays empty, it goes again, with
+    those above it that were made for it."""
+    new = [folder for folder in (path, *path.parents) if not folder.exists()]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # not empty, or never made
+            for folder in new:
+                folder.rmdir()
 
 
 @contextlib.contextmanager
@@ -934,10 +992,9 @@ def atomic_folder(path):
     be written; the old files then stay.
     """
     path = Path(os.path.realpath(path))
-    temporary, is_new = path / ".new.tmp", not path.exists()
+    temporary = path / ".new.tmp"
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        with folder_lock(path):
+        with _made_folder(path), folder_lock(path):
             shutil.rmtree(temporary, ignore_errors=True)  # of a killed process
             temporary.mkdir()
             try:
@@ -955,10 +1012,6 @@ def atomic_folder(path):
                 raise  # an input that could not be read in the block
         reason = error.strerror or error
         raise UserError(f"cannot write {path}: {reason}; nothing was replaced") from error
-    finally:
-        if is_new:
-            with contextlib.suppress(OSError):  # not empty, or never made
-                path.rmdir()
 
 
 def _move_files(source, target):

@@ -9,6 +9,7 @@ linear classifier on character n-grams in seconds, `finetune` runs train.py for 
 is the original's: TrustAI's RepresenterPointModel on a checkpoint; it does not look at the labels.
 """
 
+import contextlib
 import shlex
 import subprocess
 import sys
@@ -170,8 +171,10 @@ def finetune_probabilities(args, texts, label_ids, fold_of, labels):
         "dev.txt": "".join(data_lines(*utils.read_examples(data / args.dev_file, labels), labels)),
         "label.txt": "".join(f"{label}\n" for label in labels),
     }
-    with tempfile.TemporaryDirectory() as temporary:
-        root = Path(args.folds_dir or temporary).resolve()
+    with contextlib.ExitStack() as stack:
+        root = args.folds_dir or stack.enter_context(tempfile.TemporaryDirectory())
+        stack.enter_context(utils.run_lock("--folds_dir", root, "training"))
+        root = Path(root).resolve()
         folders = [root / str(fold) for fold in range(args.folds)]
         for folder in filter(Path.is_dir, folders):
             utils.check_outputs([folder / "train.txt", *map(folder.joinpath, contents)], inputs)

@@ -415,3 +415,74 @@ def test_old_folder_stays_when_writing_fails(tmp_path, monkeypatch, fault, exist
             full_disk(monkeypatch)
     assert os.listdir(tmp_path) == (["model"] if exists else [])
     assert not exists or content_of(tmp_path / "model") == OLD
+
+
+HOLD = (
+    "import sys, time, utils\n"
+    "with utils.run_lock('--save_dir', sys.argv[1], 'training'):\n"
+    "    print('locked', flush=True)\n"
+    "    time.sleep(600)\n"
+)
+
+
+@pytest.fixture
+def held(tmp_path):
+    """(folder, process): another process has it for a whole run."""
+    command = [sys.executable, "-c", HOLD, tmp_path / "new" / "model"]
+    with subprocess.Popen(command, cwd=REPO, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"locked\n"
+        yield tmp_path / "new" / "model", process
+        process.kill()
+
+
+def refusal(folder):
+    with pytest.raises(UserError) as error:
+        with utils.run_lock("--output_dir", folder, "pruning"):
+            pass
+    return str(error.value)
+
+
+def test_a_second_run_is_told_of_the_first_and_a_killed_one_locks_nothing(held):
+    folder, process = held
+    advice = "wait until it ends, or give another folder"
+    where = f"--output_dir {folder}: "
+    who = f"a training is running here (process {process.pid}"
+    assert refusal(folder) == f"{where}{who}); {advice}"
+    holder = folder / f"{utils.RUN_FILE}.json"
+    run = json.loads(holder.read_text())
+    holder.write_text(json.dumps({**run, "host": "gpu2"}))
+    assert refusal(folder) == f"{where}{who} on gpu2); {advice}"
+    for content in ("", "[]", "{}"):  # it is starting just now
+        holder.write_text(content)
+        assert refusal(folder) == f"{where}another run is writing here; {advice}"
+    process.kill()
+    process.wait()
+    assert len(os.listdir(folder)) == 2
+    with utils.run_lock("--save_dir", folder, "training"):
+        (folder / "log").write_text("x")
+    assert content_of(folder) == {"log": "x"}
+
+
+def test_files_are_replaced_during_a_run(held):
+    """By the run itself and by others, such as export_model.py: this lock is another one."""
+    folder, _ = held
+    write_folder(folder, **OLD)
+    with utils.run_lock("--save_dir", folder.parent, "training"):
+        write_folder(folder.parent, **OLD)
+    assert content_of(folder.parent) == OLD and OLD.items() <= content_of(folder).items()
+
+
+def test_folders_that_a_run_made_and_left_empty_go_again(tmp_path):
+    (tmp_path / "mine").mkdir()
+    with utils.run_lock("--save_dir", tmp_path / "mine" / "a" / "b", "training"):
+        assert len(os.listdir(tmp_path / "mine" / "a" / "b")) == 2
+    assert os.listdir(tmp_path) == ["mine"] and os.listdir(tmp_path / "mine") == []
+
+
+def test_a_run_where_nothing_can_be_written(tmp_path):
+    (tmp_path / "model" / f"{utils.RUN_FILE}.lock").mkdir(parents=True)  # as if it were read-only
+    (tmp_path / "file").write_text("mine")
+    for name, why in (("model", "Is a directory"), ("file", "File exists")):
+        message = f"cannot write {tmp_path / name}: {why}; give another --output_dir"
+        assert refusal(tmp_path / name) == message
+    assert content_of(tmp_path) == {"file": "mine"}

@@ -82,6 +82,19 @@ def test_the_decision_rule_travels(checkpoint, tmp_path):
     }
 
 
+def test_a_label_file_beside_the_weights_that_names_others(checkpoint, tmp_path, run_cli):
+    source = shutil.copytree(checkpoint, tmp_path / "model")
+    labels = utils.read_model_info(source).labels
+    args = ["--params_path", source, "--output_path", tmp_path / "export"]
+    (source / "label.txt").write_text("\n".join(labels[::-1]), encoding="utf-8")
+    message = f"{source / 'label.txt'}:1: '{labels[-1]}' where the model has '{labels[0]}'; "
+    message = f"error: {message}give the label file that it was trained with\n"
+    assert run_cli(export_model.main, args) == (2, message)
+    assert not (tmp_path / "export").exists()
+    (source / "label.txt").write_text("\n".join(labels), encoding="utf-8")
+    assert run_cli(export_model.main, args)[0] == 0
+
+
 def test_export_that_differs_leaves_nothing(checkpoint, tmp_path, run_cli, monkeypatch):
     def wrong(prefix, right=models.static_forward):
         forward = right(prefix)

@@ -1,6 +1,7 @@
 """prune.py: parity of the supernet and the cut model, what a run leaves behind, bad input."""
 
 import itertools
+import os
 import re
 import shutil
 import subprocess
@@ -21,6 +22,7 @@ import model as models
 import predict
 import prune
 import prune_trainer
+import train
 import utils
 
 LABELS = utils.read_labels(SAMPLE / "label.txt")
@@ -363,6 +365,60 @@ def test_targets(checkpoint, small_data, tmp_path, run_cli):
     status, err = run_cli(prune.main, argv(small_data, checkpoint, tmp_path, *flags))
     assert status == 0 and "0.5 holds a model; the new one will replace it" in err
     assert "--max_seq_length 64, but the checkpoint was trained with 128" in err
+
+
+def test_a_running_pruning_is_not_disturbed(checkpoint, small_data, tmp_path, run_cli, monkeypatch):
+    """A second one of the same width, or a training there, is told so; another width may run."""
+    args, saves = ["--width_mult", "1/2", "--max_steps", "1"], []
+
+    def save(*given, save=prune_trainer.Pruner.save):
+        if not saves:
+            saves.append(1)
+            advice = "wait until it ends, or give another folder"
+            who = f"{tmp_path / '0.5'}: a pruning is running here (process {os.getpid()})"
+            for other in (args, ["--width_mult", "3/4", "1/2"]):
+                found = run_cli(prune.main, argv(small_data, checkpoint, tmp_path, *other))
+                assert found == (2, f"error: --output_dir {who}; {advice}\n")
+            flags = ["--dataset_dir", small_data, "--model_name", checkpoint, "--device", "cpu"]
+            found = run_cli(train.main, [*flags, "--save_dir", tmp_path / "0.5"])
+            assert found == (2, f"error: --save_dir {who}; {advice}\n")
+            assert os.listdir(tmp_path) == ["0.5"]
+            flags = ["--width_mult", "3/4", "--max_steps", "1"]
+            prune.main(argv(small_data, checkpoint, tmp_path, *flags))
+        save(*given)
+
+    monkeypatch.setattr(prune_trainer.Pruner, "save", save)
+    prune.main(argv(small_data, checkpoint, tmp_path, *args))
+    assert saves and {p.name for p in (tmp_path / "0.5").iterdir()} == FILES
+
+
+def test_labels_of_the_label_file(checkpoint, small_data, tmp_path, run_cli):
+    """In another order they are the student's, too; others are refused."""
+    data = shutil.copytree(small_data, tmp_path / "data")
+    flags = ["--width_mult", "1/2", "--max_steps", "1", "--learning_rate", "0"]
+    prune.main(argv(data, checkpoint, tmp_path / "a", *flags))
+    labels = LABELS[::-1]
+    (data / "label.txt").write_text("\n".join(labels) + "\n", encoding="utf-8")
+    status, err = run_cli(prune.main, argv(data, checkpoint, tmp_path / "b", *flags))
+    line = "the same 20 labels in another order; the classifier takes the label file's\n"
+    assert status == 0 and err.count(f"{checkpoint / utils.WEIGHTS_FILE}: {line}") == 1
+    config = utils.read_json(tmp_path / "b" / "0.5" / "config.json")
+    assert utils.read_model_info(tmp_path / "b" / "0.5").labels == labels
+    assert config["label2id"] == {name: i for i, name in enumerate(labels)}
+    results = []
+    for name in ("a", "b"):
+        model, _ = models.load_checkpoint(tmp_path / name / "0.5")
+        encoded = [np.arange(2, 20), np.arange(30, 40)]
+        results.append(logits_of(models.dygraph_forward(model), encoded))
+    assert np.abs(results[0] - results[0][:, ::-1]).max() > 0.1
+    np.testing.assert_allclose(results[1], results[0][:, ::-1], rtol=0, atol=1e-4)
+
+    (data / "label.txt").write_text("\n".join([*labels[:-1], "新标签"]) + "\n", encoding="utf-8")
+    status, err = run_cli(prune.main, argv(data, checkpoint, tmp_path / "c", *flags))
+    known = f"is not among the 20 labels of {checkpoint / 'config.json'}"
+    message = f"error: {data / 'label.txt'}:20: label '新标签' {known}; give the label file that it"
+    assert status == 2 and err.endswith(f"{message} was trained with\n")
+    assert not (tmp_path / "c").exists()
 
 
 def test_same_width_twice_is_pruned_once():

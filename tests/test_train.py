@@ -256,20 +256,135 @@ def test_init_from_ckpt(finished, small_data, tiny_model, tmp_path):
     assert same_weights(finished, tmp_path)
 
 
-def test_classifier_is_reused_only_for_the_same_labels(finished, small_data, tmp_path):
-    other = tmp_path / "data"
-    other.mkdir()
-    for path in small_data.iterdir():
-        lines = path.read_text(encoding="utf-8").splitlines()
-        if path.name == "label.txt":
-            lines[0], lines[1] = lines[1], lines[0]
-        (other / path.name).write_text("\n".join(lines) + "\n", encoding="utf-8")
-    frozen = ["--learning_rate", "0", "--epochs", "1"]
-    train.main(argv(small_data, finished, tmp_path / "same", *frozen))
-    train.main(argv(other, finished, tmp_path / "other", *frozen))
-    head = "classifier.weight"
-    assert np.array_equal(weights(tmp_path / "same")[head], weights(finished)[head])
-    assert not np.array_equal(weights(tmp_path / "other")[head], weights(finished)[head])
+# ---------------------------------------------------------------- weights and the names of labels
+FROZEN = ["--learning_rate", "0", "--epochs", "1"]
+ORDER = [7, *range(7), *reversed(range(8, 20))]  # of the labels, unlike that of the checkpoint
+
+
+def data_with_labels(small_data, folder, labels):
+    """The data with another label file; texts that have other labels are left out."""
+    folder.mkdir()
+    for name in ("train.txt", "dev.txt"):
+        lines = (small_data / name).read_text(encoding="utf-8").splitlines()
+        fitting = [x for x in lines if {*filter(None, x.split("\t")[1].split(","))} <= {*labels}]
+        (folder / name).write_text("\n".join(fitting) + "\n", encoding="utf-8")
+    (folder / "label.txt").write_text("\n".join(labels) + "\n", encoding="utf-8")
+    return folder
+
+
+def start_from(kind, checkpoint, tiny_model):
+    """(--model_name, further flags) for a training from the checkpoint."""
+    if kind == "--model_name":
+        return checkpoint, FROZEN
+    return tiny_model, [kind, checkpoint / utils.WEIGHTS_FILE, *FROZEN]
+
+
+@pytest.mark.parametrize("kind", ["--init_from_ckpt", "--model_name"])
+def test_labels_in_another_order(finished, small_data, tiny_model, tmp_path, run_cli, kind):
+    """What comes out is the model that it was, with the columns in the new order."""
+    names = utils.read_labels(small_data / "label.txt")
+    data = data_with_labels(small_data, tmp_path / "data", [names[i] for i in ORDER])
+    name, flags = start_from(kind, finished, tiny_model)
+    status, err = run_cli(train.main, argv(data, name, tmp_path / "c", *flags))
+    weights_file = finished / utils.WEIGHTS_FILE
+    line = "the same 20 labels in another order; the classifier takes the label file's\n"
+    assert status == 0 and err.count(f"[    INFO] - {weights_file}: {line}") == 1
+    train.main(argv(small_data, name, tmp_path / "same", *flags))
+    old, new = weights(finished), weights(tmp_path / "c")
+    for key in old:
+        columns = old[key][..., ORDER] if key.startswith("classifier.") else old[key]
+        assert np.array_equal(new[key], columns), key
+    assert utils.read_model_info(tmp_path / "c").labels == [names[i] for i in ORDER]
+    found, expected = (records(tmp_path / x, "eval")[0] for x in ("c", "same"))
+    assert found == pytest.approx(expected, abs=1e-6)
+
+
+def test_other_labels(finished, small_data, tiny_model, tmp_path, run_cli):
+    """Refused with --init_from_ckpt; what its message advises keeps what both have."""
+    names = utils.read_labels(small_data / "label.txt")
+    labels = [*names[1:3], "新标签", names[0], *names[3:18]]
+    data = data_with_labels(small_data, tmp_path / "data", labels)
+    name, flags = start_from("--init_from_ckpt", finished, tiny_model)
+    use = "use the label file that it was trained with"
+    keep = "which keeps the weights of the labels that both have\n"
+    lacks = f"{data / 'label.txt'}:3: label '新标签' is not among the 20 labels of"
+    for save_dir, also in ((tmp_path / "c", ""), (finished, " and another --save_dir")):
+        status, err = run_cli(train.main, argv(data, name, save_dir, *flags))
+        instead = f"or --model_name {finished} instead of --init_from_ckpt{also}"
+        message = f"error: {lacks} {finished / 'config.json'}; {use}, {instead}, {keep}"
+        assert status == 2 and err.endswith(message)
+    assert not (tmp_path / "c").exists()
+    status, err = run_cli(train.main, argv(data, finished, tmp_path / "c", *FROZEN))
+    knows = f"{finished / utils.WEIGHTS_FILE}: the classifier knows 18 of the 19 labels; 1 start(s)"
+    unused = f"2 of its own not in the label file: {names[18]}, {names[19]}"
+    assert status == 0 and err.count(f"[ WARNING] - {knows} anew: 新标签; {unused}\n") == 1
+    for key in ("classifier.weight", "classifier.bias"):
+        old, new = weights(finished)[key], weights(tmp_path / "c")[key]
+        assert new.shape[-1] == 19 and np.isfinite(new).all()
+        assert np.array_equal(
+            new[..., [0, 1, 3, *range(4, 19)]], old[..., [1, 2, 0, *range(3, 18)]]
+        )
+
+
+def test_fewer_labels(finished, small_data, tiny_model, tmp_path, run_cli):
+    names = utils.read_labels(small_data / "label.txt")
+    data = data_with_labels(small_data, tmp_path / "data", names[:-1])
+    (tmp_path / "renamed").mkdir()
+    shutil.copy(finished / utils.WEIGHTS_FILE, tmp_path / "renamed" / "best.pdparams")
+    shutil.copy(finished / utils.CONFIG_FILE, tmp_path / "renamed")
+    flags = ["--init_from_ckpt", tmp_path / "renamed" / "best.pdparams", *FROZEN]
+    status, err = run_cli(train.main, argv(data, tiny_model, tmp_path / "c", *flags))
+    missing = f"label '{names[-1]}' of {tmp_path / 'renamed' / 'config.json'} is missing"
+    message = f"{data / 'label.txt'}: {missing}; use the label file that it was trained with\n"
+    assert status == 2 and err.endswith(f"error: {message}")
+
+
+def test_a_long_list_of_new_labels_is_cut(finished, small_data, tmp_path, run_cli):
+    names = utils.read_labels(small_data / "label.txt")
+    new = [f"新{i}" for i in range(7)]
+    data = data_with_labels(small_data, tmp_path / "data", [*names, *new])
+    status, err = run_cli(train.main, argv(data, finished, tmp_path / "c", *FROZEN))
+    line = (
+        "the classifier knows 20 of the 27 labels; 7 start(s) anew: 新0, 新1, 新2, 新3, 新4, ...\n"
+    )
+    assert status == 0 and line in err
+
+
+@pytest.mark.parametrize(
+    "beside", [None, {}, {"id2label": {str(i): f"LABEL_{i}" for i in range(20)}}]
+)
+def test_weights_without_label_names(finished, small_data, tiny_model, tmp_path, run_cli, beside):
+    file = tmp_path / "old" / "model_state.pdparams"
+    file.parent.mkdir()
+    shutil.copy(finished / utils.WEIGHTS_FILE, file)
+    if beside is not None:
+        (file.parent / "config.json").write_text(json.dumps(beside), encoding="utf-8")
+    flags = ["--init_from_ckpt", file, *FROZEN]
+    status, err = run_cli(train.main, argv(small_data, tiny_model, tmp_path / "c", *flags))
+    line = "no config.json with label names beside it; only the number of labels can be compared\n"
+    assert status == 0 and err.count(f"[ WARNING] - {file}: {line}") == 1
+    assert same_weights(finished, tmp_path / "c")
+    data = data_with_labels(
+        small_data, tmp_path / "data", utils.read_labels(small_data / "label.txt")[:9]
+    )
+    status, err = run_cli(train.main, argv(data, tiny_model, tmp_path / "d", *flags))
+    assert status == 2 and "parameter classifier.weight has shape (128, 20), the model needs" in err
+
+
+def test_thresholds_follow_their_labels(finished, small_data, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "tuned")
+    tuned = [i / 20 for i in range(20)]
+    config = {**utils.read_json(folder / "config.json"), "thresholds": tuned, "max_labels": 3}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    names = utils.read_labels(small_data / "label.txt")
+    net, info = models.load_checkpoint(folder, [names[i] for i in ORDER])
+    assert info.labels == [names[i] for i in ORDER] and info.max_labels == 3
+    assert info.thresholds == [tuned[i] for i in ORDER]
+    batch = {k: np.ones((2, 5), np.int64) for k in ("input_ids", "token_type_ids")}
+    logits, expected = (
+        models.dygraph_forward(x)(**batch) for x in (net, models.load_checkpoint(folder)[0])
+    )
+    np.testing.assert_allclose(logits, expected[:, ORDER], rtol=0, atol=1e-6)
 
 
 # ------------------------------------------------------------------------------------- resume
@@ -463,6 +578,82 @@ def test_two_machines_lost_worker_and_resume(small_data, tiny_model, tmp_path):
         assert process.returncode == 0, out
     saved = [tmp_path / name / "0" / "checkpoint" for name in ("whole", "lost")]
     assert same_weights(*saved)
+
+
+# ------------------------------------------------------------------------------- one run at a time
+def running(flag, folder, pid, run="training"):
+    message = f"{flag} {folder}: a {run} is running here (process {pid})"
+    return f"error: {message}; wait until it ends, or give another folder\n"
+
+
+def test_a_running_training_is_not_taken_for_a_stopped_one(
+    small_data, tiny_model, tmp_path, run_cli
+):
+    """Not even with --resume; once it is killed, --resume goes on and leaves no lock."""
+    args = argv(small_data, tiny_model, tmp_path / "c", "--save_steps", "1")
+    process = start(args, tmp_path)
+    wait_for(tmp_path / "c" / train.STATE_FILE, process)
+    process.send_signal(signal.SIGSTOP)
+    before = sorted((p.name, p.stat().st_mtime_ns) for p in (tmp_path / "c").iterdir())
+    for extra in ([], ["--resume"]):
+        status, err = run_cli(train.main, [*args, *extra])
+        assert (status, err) == (2, running("--save_dir", tmp_path / "c", process.pid))
+    after = sorted((p.name, p.stat().st_mtime_ns) for p in (tmp_path / "c").iterdir())
+    assert after == before
+    process.kill()
+    process.wait()
+    assert (tmp_path / "c" / f"{utils.RUN_FILE}.lock").exists()
+    assert "a stopped run; add --resume" in run_cli(train.main, args)[1]
+    train.main([*args, "--resume"])
+    train.main(argv(small_data, tiny_model, tmp_path / "whole", "--save_steps", "1"))
+    assert same_weights(tmp_path / "c", tmp_path / "whole")
+    assert not list((tmp_path / "c").glob(".*"))
+
+
+def test_all_ranks_stop_where_a_training_is_running(small_data, tiny_model, tmp_path):
+    save_dir = tmp_path / "c"
+    with utils.run_lock("--save_dir", save_dir, "training"):
+        process = start(argv(small_data, tiny_model, save_dir), tmp_path, LAUNCH)
+        out, _ = process.communicate(timeout=120)
+    message = running("--save_dir", save_dir, os.getpid())
+    assert process.returncode != 0 and message in out and "Traceback" not in out
+    logs = [(tmp_path / "log" / f"workerlog.{rank}").read_text("utf-8") for rank in (0, 1)]
+    assert all(log.endswith(message) for log in logs), logs
+    assert not save_dir.exists()
+
+
+def test_a_training_locks_its_scalars_too(small_data, tiny_model, tmp_path, run_cli):
+    args = argv(small_data, tiny_model, tmp_path / "c", "--epochs", "1")
+    with utils.run_lock("--visualdl_dir", tmp_path / "vdl", "training"):
+        status, err = run_cli(train.main, [*args, "--visualdl_dir", tmp_path / "vdl"])
+    assert (status, err) == (2, running("--visualdl_dir", tmp_path / "vdl", os.getpid()))
+    assert os.listdir(tmp_path) == []
+    (tmp_path / "link").symlink_to(tmp_path / "c")
+    assert run_cli(train.main, [*args, "--visualdl_dir", tmp_path / "link"])[0] == 0
+    assert not list((tmp_path / "c").glob(".*"))
+
+
+def test_the_folds_of_dirty_are_locked_together(
+    small_data, tiny_model, tmp_path, run_cli, monkeypatch
+):
+    import dirty
+
+    data, folds = shutil.copytree(small_data, tmp_path / "data"), tmp_path / "folds"
+    args = ["--dataset_dir", data, "--strategy", "finetune", "--folds_dir", folds, "--device"]
+    args += ["cpu", "--folds", "2", "--dirty_num", "5", "--train_args"]
+    args += [f"--model_name {tiny_model} --epochs 1"]
+    message = running("--folds_dir", folds, os.getpid())
+    with utils.run_lock("--folds_dir", folds, "training"):
+        assert run_cli(dirty.main, args) == (2, message) and len(os.listdir(folds)) == 2
+    assert not folds.exists()
+
+    def second(*_):  # while the first fold trains
+        assert run_cli(dirty.main, args) == (2, message)
+        raise utils.UserError("done")
+
+    monkeypatch.setattr(dirty, "run_train", second)
+    assert run_cli(dirty.main, args) == (2, "error: done\n")
+    assert os.listdir(folds) == ["0"]
 
 
 # -------------------------------------------------------------------------------------- faults
