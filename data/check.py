@@ -44,9 +44,11 @@ def parse_args(argv=None):
     add("--dev_file", default="dev.txt", help="development set")
     add("--test_file", help="test set; None: test.txt if it exists")
     add("--label_file", default="label.txt", help="label names; the line number is the class id")
-    add = parser.add_argument_group("lengths").add_argument
-    tokens = "folder of a model (vocab.txt) to count tokens with; None: count characters + 2"
-    add("--model_name", "--params_path", dest="params_path", help=tokens)
+    group = parser.add_argument_group("lengths")
+    add = group.add_mutually_exclusive_group().add_argument
+    add("--model_name", help="model folder (vocab.txt) to count tokens with; None: see params_path")
+    add("--params_path", help="the same of a trained model; both None: count characters + 2")
+    add = group.add_argument
     add("--max_seq_length", type=at_least(3), nargs="+", default=SIZES, help="lengths to try")
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", help="folder for report.json and plots; None: report on stdout only")
@@ -59,12 +61,17 @@ def main(argv=None):
     paths = {"train": data / args.train_file, "dev": data / args.dev_file}
     if args.test_file or (data / "test.txt").exists():
         paths["test"] = data / (args.test_file or "test.txt")
-    tokenizer = utils.load_tokenizer(args.params_path) if args.params_path else None
+    if args.model_name and not Path(args.model_name).is_dir():
+        hint = "give one with vocab.txt, or leave it out to count characters"
+        raise UserError(f"--model_name {args.model_name}: no such folder; {hint}")
+    folder = args.model_name or args.params_path
+    tokenizer = utils.load_tokenizer(folder) if folder else None
     label_path = data / args.label_file
     labels = utils.read_labels(label_path)
     scans = {name: utils.scan_examples(path, labels) for name, path in paths.items()}
     lengths = {name: lengths_of(scan.texts, tokenizer) for name, scan in scans.items()}
-    report = make_report(labels, paths, scans, lengths, args)
+    unit = "tokens" if folder else "characters + 2"
+    report = make_report(labels, paths, scans, lengths, unit, args.max_seq_length)
     if args.output_dir:
         files = draw_plots(report, lengths, args.max_seq_length)
         text = json.dumps(report, ensure_ascii=False, indent=2) + "\n"
@@ -152,14 +159,14 @@ def shared_texts(train, other):
     ]
 
 
-def make_report(labels, paths, scans, lengths, args):
+def make_report(labels, paths, scans, lengths, unit, max_seq_lengths):
     """All facts, ready for JSON."""
     counts = {n: Counter(i for ids in s.label_ids for i in ids) for n, s in scans.items()}
     pairs = Counter(p for ids in scans["train"].label_ids for p in combinations(sorted(ids), 2))
     return {
-        "length_unit": "tokens" if args.params_path else "characters + 2",
+        "length_unit": unit,
         "files": {
-            name: describe(paths[name], scan, lengths[name], args.max_seq_length)
+            name: describe(paths[name], scan, lengths[name], max_seq_lengths)
             for name, scan in scans.items()
         },
         "labels": [
