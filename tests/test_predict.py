@@ -582,9 +582,9 @@ def test_no_text_got_a_label(run, cautious, capsys):
 
 
 def test_carriage_returns_become_spaces(run):
-    texts = ["甲\r乙", "\r准予离婚\r", "丙"]
+    texts = ["甲\r乙", "\r准予离婚", "丙"]
     data = "".join(f"{text}\n" for text in texts).encode()
-    assert [row[0] for row in rows_of(run(data))] == ["甲 乙", " 准予离婚 ", "丙"]
+    assert [row[0] for row in rows_of(run(data))] == ["甲 乙", " 准予离婚", "丙"]
     records = map(json.loads, run(data, output="o.jsonl").decode().splitlines())
     assert [record["text"] for record in records] == texts
 

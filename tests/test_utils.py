@@ -607,3 +607,19 @@ def test_rows_that_every_reader_counts_alike(tmp_path):
         utils.write_rows(file, texts, names, LABELS, jsonl=True)
     records = pandas.read_json(tmp_path / "o.jsonl", lines=True, dtype=False)
     assert records["text"].tolist() == texts and records["labels"].tolist() == names
+
+
+def test_carriage_returns_in_the_files_of_analysis(tmp_path):
+    import dirty
+    import evaluate
+    import sparse
+
+    with utils.atomic_file(tmp_path / "bad_case.txt") as file:
+        evaluate.write_bad_cases(file, ["甲\r乙"], [[0]], [[1]], LABELS)
+    assert (tmp_path / "bad_case.txt").read_bytes().decode() == "财产\t离婚\t甲 乙\n"
+    assert dirty.data_lines(["甲\r乙"], [[0, 1]], LABELS) == ["甲 乙\t离婚,财产\n"]
+    for names, more in ((None, ""), ([["离婚"]], "\t离婚")):
+        sparse.write_result(tmp_path / "sparse.txt", ["甲\r乙"], names, [0.5])
+        assert (tmp_path / "sparse.txt").read_bytes().decode() == f"甲 乙{more}\n"
+        scores = (tmp_path / "sparse.scores.tsv").read_bytes().decode()
+        assert scores.split("\n")[1:] == [f"0.500000\t甲 乙{more}", ""]
