@@ -55,6 +55,8 @@ def main(argv=None):
         if not data_path.is_file():
             raise UserError(f"{data_path}: several processes cannot share a pipe; give a file")
         model.init_processes()
+    if rank > 0:
+        logger.setLevel("ERROR")  # every rank would warn of the same
     settings = {"batch_size": args.batch_size, "long_text": args.long_text}
     labeller = model.load_labeller(args.params_path, args.device, info, **settings)
     jsonl = output.suffix == ".jsonl"
@@ -64,7 +66,7 @@ def main(argv=None):
     else:
         write_in_parts(args, labeller, texts, output, jsonl)
     if rank == 0:
-        labeller.log_truncation()
+        labeller.log_doubts()
         logger.info("Prediction results save in %s.", args.output_file)
 
 
@@ -75,8 +77,9 @@ def write_in_parts(args, labeller, texts, output, jsonl):
     try:
         with utils.atomic_file(parts[rank]) as file:
             labeller.write(file, texts, jsonl, args.output_scores, rank, world_size)
-        counts = model.all_reduce(np.array([labeller.num_texts, labeller.num_cut]))
-        labeller.num_texts, labeller.num_cut = counts.tolist()  # and all parts are complete now
+        counts = model.all_reduce(np.array([*labeller.counts.values()]))
+        labeller.counts = dict(zip(labeller.counts, counts.tolist()))
+        # All parts are complete now.
         if rank == 0:
             with utils.atomic_file(output) as file:
                 merge_parts(file, parts, labeller.chunk_size, header_lines=0 if jsonl else 1)

@@ -36,6 +36,7 @@ STATE_FILE = "training_state.pdparams"  # everything --resume needs; removed whe
 LOG_FILE = "train_log.jsonl"
 # How the log names what --metric_for_best can be.
 BEST = {"macro_f1": "macro f1 score", "micro_f1": "micro f1 score", "loss": "loss"}
+HIGH_RATE = 1e-3  # for weights without pretraining; far above what pretrained ones bear
 FOCAL_GAMMA = 2.0  # Lin et al. 2017, section 5
 ASL_GAMMA, ASL_MARGIN = 4.0, 0.05  # of the negatives; 0 of the positives; Ridnik et al. 2021, 3.3
 # Flags that may differ between a stopped run and its continuation: they do not change the weights,
@@ -292,6 +293,34 @@ class Trainer:
         self.log_best("Final")
         best = BEST[args.metric_for_best].removesuffix(" score")
         logger.info("Save best %s text classification model in %s", best, args.save_dir)
+        if progress.best["micro_f1"] == 0 and self.rank == 0:
+            self.log_remedies()
+
+    def log_remedies(self):
+        """Two lines for a model that gives no dev text a right label."""
+        args, progress = self.args, self.progress
+        if not any(self.dev_set[1]):
+            logger.warning("F1 is 0 because no sample of %s has a label", args.dev_file)
+            logger.warning("Give a --dev_file with labels; data/check.py counts them")
+            return
+        done = f"{progress.epoch} epoch(s), {progress.global_step} steps"
+        learn = ["more --epochs"]
+        if progress.epoch < args.epochs:
+            learn = [f"a higher --early_stop_nums than {args.early_stop_nums}"]
+        rate = f"--learning_rate than {args.learning_rate:g}"
+        if args.learning_rate < HIGH_RATE:
+            learn.append(f"a higher {rate} (random weights need about {HIGH_RATE:g})")
+        else:
+            learn.append(f"a lower {rate}, --max_grad_norm 1")
+        steps = max(1, progress.global_step // 10)
+        learn += [] if args.warmup else [f"--warmup --warmup_steps {steps}"]
+        message = "F1 is 0: no dev text got a right label after %s; try %s"
+        logger.warning(message, done, ", ".join(learn))
+        rare = [] if args.loss == "asl" else ["--loss asl"]
+        rare += [] if args.pos_weight == "auto" else ["--pos_weight auto"]
+        rare = f"Rare labels: {' '.join(rare)}. " if rare else ""
+        message = "%sOnly too cautious: analysis/evaluate.py --tune_thresholds --save_thresholds"
+        logger.warning(message, rare)
 
     def log_best(self, when):
         name = self.args.metric_for_best

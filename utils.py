@@ -11,6 +11,7 @@ it without one.
 import _thread
 import argparse
 import contextlib
+import difflib
 import filecmp
 import hashlib
 import importlib
@@ -24,6 +25,7 @@ import signal
 import sys
 import tempfile
 import threading
+import unicodedata
 import warnings
 import zlib  # noqa: F401  see below
 from dataclasses import dataclass, replace
@@ -48,6 +50,7 @@ GRAPH_SUFFIXES = ".pdmodel", ".json"  # of a static graph of Paddle 2 and of Pad
 LOCK_FILE = ".multi_label.lock"
 RUN_FILE = ".multi_label_run"  # .lock and .json: see run_lock
 SPECIAL_TOKENS = ("[PAD]", "[CLS]", "[SEP]", "[MASK]", "[UNK]")
+BOM = "\ufeff".encode()  # byte order mark
 MAX_REPORTED = 10  # offending lines listed in one error message
 MAX_LINE = 500_000  # bytes; longer than any document, so the file has lost its line ends
 CHUNK = 8192  # texts that are read, encoded and sorted by length at a time
@@ -249,12 +252,16 @@ def open_binary(path):
 
 
 class Lines:
-    """Iterates over the lines of a UTF-8 file (BOM, LF or CRLF) and collects what is wrong."""
+    """Iterates over the lines of a UTF-8 file (BOM, LF or CRLF) and collects what is wrong.
+
+    A BOM further down (files that were joined) is removed as well, with one warning at the end.
+    """
 
     def __init__(self, path):
         self.path, self.index, self.problems = path, 0, []
 
     def __iter__(self):
+        marks, first_mark = 0, 0
         with open_binary(self.path) as file:
             for self.index, raw in enumerate(iter(lambda: self._read(file), b""), 1):
                 if len(raw) == MAX_LINE and not raw.endswith(b"\n"):
@@ -264,7 +271,10 @@ class Lines:
                     continue
                 raw = raw.removesuffix(b"\n").removesuffix(b"\r")
                 if self.index == 1:
-                    raw = raw.removeprefix(b"\xef\xbb\xbf")
+                    raw = raw.removeprefix(BOM)
+                if BOM in raw:
+                    marks, first_mark = marks + raw.count(BOM), first_mark or self.index
+                    raw = raw.replace(BOM, b"")
                 try:
                     line = raw.decode("utf-8")
                 except UnicodeDecodeError as error:
@@ -272,6 +282,9 @@ class Lines:
                     self.bad(f"not valid UTF-8 ({where}); save the file as UTF-8")
                     continue
                 yield line
+        if marks:
+            message = "%s: removed %d byte order mark(s) (U+FEFF) inside the file, first in line %d"
+            logger.warning(message, self.path, marks, first_mark)
 
     def _read(self, file):
         try:
@@ -295,10 +308,32 @@ def check_problems(problems):
         raise UserError("\n".join(shown))
 
 
+def look_of(name):
+    """What a reader sees of a name: no compatibility forms, invisible characters or spaces."""
+    normal, category = unicodedata.normalize("NFKC", name), unicodedata.category
+    return "".join(c for c in normal if not c.isspace() and category(c) not in ("Cc", "Cf"))
+
+
+def difference(name, other, whose):
+    """In code points, how a name differs from another that looks the same; `whose` names that."""
+
+    def code_points(text):
+        points = [f"U+{ord(c):04X} {unicodedata.name(c, '')}".rstrip() for c in text]
+        return ", ".join(points) or "nothing"
+
+    changes = difflib.SequenceMatcher(None, name, other, autojunk=False).get_opcodes()
+    return "; ".join(
+        f"it has {code_points(name[a:b])} where {whose} has {code_points(other[c:d])}"
+        for tag, a, b, c, d in changes
+        if tag != "equal"
+    )
+
+
 def read_labels(path):
     """Label names of `label.txt`; the 0-based line number is the class id.
 
-    Raises UserError for blank lines, duplicates, names with a comma or a tab, and an empty file.
+    Raises UserError for blank lines, duplicates, names that break a row, and an empty file.
+    Names that look the same get one warning.
     """
     lines, first_line = Lines(path), {}
     for line in lines:
@@ -307,6 +342,8 @@ def read_labels(path):
             lines.bad("blank label name; remove the line")
         elif name in first_line:
             lines.bad(f"label '{name}' is a duplicate of line {first_line[name]}")
+        elif "\r" in name:
+            lines.bad("carriage return inside a label name; save the file with LF line ends")
         elif "," in name or "\t" in name:
             lines.bad(f"label '{name}' has a comma or tab; rename it")
         else:
@@ -314,7 +351,22 @@ def read_labels(path):
     lines.check()
     if not first_line:
         raise UserError(f"{path}: no labels; write one label name per line")
+    check_looks(path, first_line)
     return list(first_line)
+
+
+def check_looks(path, first_line):
+    """Warns once of names of a label file, {name: line}, that a reader cannot tell apart."""
+    seen, alike = {}, []
+    for name in first_line:
+        other = seen.setdefault(look_of(name), name)
+        if other != name:
+            alike.append((name, other))
+    if alike:
+        name, other = alike[0]
+        message = "%s: %d label name(s) look like another: '%s' (line %d): %s"
+        what = difference(name, other, f"line {first_line[other]}")
+        logger.warning(message, path, len(alike), name, first_line[name], what)
 
 
 @dataclass(frozen=True)
@@ -330,7 +382,7 @@ class Scan:
 
 def scan_examples(path, labels):
     """Reads as `read_examples` does but reports bad lines instead of refusing the file."""
-    ids = {name: i for i, name in enumerate(labels)}
+    ids, looks = {name: i for i, name in enumerate(labels)}, {}
     lines, texts, label_ids, kept, blank = Lines(path), [], [], [], 0
     for line in lines:
         fields = line.split("\t")
@@ -339,16 +391,22 @@ def scan_examples(path, labels):
         elif len(fields) == 1:
             lines.bad("no tab between text and labels (a text without labels ends in a tab)")
         elif len(fields) > 2:
-            tabs = len(fields) - 1
-            lines.bad(f"{tabs} tabs; write text<TAB>label,label and no tab inside the text")
+            hint = "write text<TAB>label,label and no tab inside the text"
+            if "\r" in line:
+                hint = "and carriage returns inside the line; save the file with LF line ends"
+            lines.bad(f"{len(fields) - 1} tabs; {hint}")
         elif lines.index == 1 and fields == ["text", "label"] and "label" not in ids:
             continue
         else:
             names = [name.strip() for name in fields[1].split(",")] if fields[1].strip() else []
             unknown = [name for name in names if name not in ids]
             if unknown:
-                known = f"it is not among the {len(labels)} label names"
-                lines.bad(f"unknown label '{unknown[0]}'; {known}")
+                why = f"it is not among the {len(labels)} label names"
+                looks = looks or {look_of(name): name for name in labels}
+                if known := looks.get(look_of(unknown[0])):
+                    why = difference(unknown[0], known, f"the label name '{known}'")
+                    why += "; write both the same way"
+                lines.bad(f"unknown label '{unknown[0]}'; {why}")
                 continue
             texts.append(fields[0].strip())
             label_ids.append(list(dict.fromkeys(ids[name] for name in names)))
@@ -385,6 +443,9 @@ def read_texts(path):
     lines.check()
     if lines.index == 0:
         raise UserError(f"{path}: empty file; write one text per line")
+    if lines.index == 1 and "\r" in line:
+        message = "%s: one text with %d carriage return(s); if they end lines, save it with LF ends"
+        logger.warning(message, path, line.count("\r"))
 
 
 def peeked(items):
@@ -561,6 +622,11 @@ def logits_of(forward, encoded, batch_size, num_outputs, desc=None):
     return logits
 
 
+# What a Labeller counts: texts; those that were cut or split into windows; that got no label; that
+# end in a tab; that end in a tab and label names.
+COUNTS = ("texts", "cut", "unlabelled", "bare_tab", "labels_inside")
+
+
 class Labeller:
     """Texts to labels: encodes, batches, runs, restores the order, decides, counts what was cut.
 
@@ -583,12 +649,13 @@ class Labeller:
         self.forward, self.tokenizer, self.info = forward, tokenizer, info
         self.batch_size, self.long_text, self.desc = batch_size, long_text, desc
         self.num_outputs = num_outputs or len(info.labels)
-        self.num_texts = self.num_cut = 0  # texts so far; those that were cut or split into windows
+        self.counts = dict.fromkeys(COUNTS, 0)
 
     def encode(self, texts):
         """Token ids of the texts; see `encode` above."""
         encoded, cut = encode(texts, self.tokenizer, self.info.max_seq_length, self.long_text)
-        self.num_texts, self.num_cut = self.num_texts + len(texts), self.num_cut + cut
+        self.counts["texts"] += len(texts)
+        self.counts["cut"] += cut
         return encoded
 
     def logits(self, texts):
@@ -616,10 +683,17 @@ class Labeller:
         Memory does not grow with the iterable `texts`, and [texts, classes] of a chunk stays small
         with many labels. Of several ranks each labels the chunks rank, rank + world_size, ...
         """
-        self.num_texts = self.num_cut = 0
+        self.counts, known = dict.fromkeys(COUNTS, 0), set(self.info.labels)
         for index, chunk in enumerate(chunks(texts, self.chunk_size)):
             if index % world_size == rank:
-                yield chunk, *self.decide(chunk)
+                decisions, probs = self.decide(chunk)
+                self.counts["unlabelled"] += len(chunk) - int(decisions.any(axis=1).sum())
+                for tail in (text.rpartition("\t")[2] for text in chunk if "\t" in text):
+                    if not tail.strip():
+                        self.counts["bare_tab"] += 1
+                    elif known.issuperset(map(str.strip, tail.split(","))):
+                        self.counts["labels_inside"] += 1
+                yield chunk, decisions, probs
 
     def write(self, file, texts, jsonl, output_scores, rank=0, world_size=1):
         """Writes a row for each of the texts that `stream` gives the rank; see write_rows."""
@@ -636,7 +710,27 @@ class Labeller:
         return min(CHUNK, max(1, CHUNK_CELLS // len(self.info.labels)))
 
     def log_truncation(self):
-        log_truncation(self.num_cut, self.num_texts, self.info.max_seq_length, self.long_text)
+        cut, total = self.counts["cut"], self.counts["texts"]
+        log_truncation(cut, total, self.info.max_seq_length, self.long_text)
+
+    def log_doubts(self):
+        """A warning for each thing in what `stream` has labelled that was hardly meant."""
+        self.log_truncation()
+        total, _, unlabelled, bare_tab, labels_inside = self.counts.values()
+        if labels_inside and 2 * (bare_tab + labels_inside) > total:
+            logger.warning(
+                "%d of %d texts look like text<TAB>label,label, and the labels were read as text; "
+                "give the texts alone (cut -f1), or measure F1 with analysis/evaluate.py",
+                bare_tab + labels_inside,
+                total,
+            )
+        if unlabelled == total and self.info.max_labels != 0:
+            logger.warning(
+                "%d of %d texts got no label: no probability is above its threshold; train better "
+                "(see the F1 on dev), or give each text its nearest label by --min_labels 1",
+                unlabelled,
+                total,
+            )
 
 
 # ---------------------------------------------------------------------------------- model folders
@@ -768,10 +862,11 @@ def check_labels(folder, name, labels):
     pairs = itertools.zip_longest(read_labels(label_file), labels, fillvalue="(nothing)")
     for line, (listed, name) in enumerate(pairs, 1):
         if listed != name:
-            raise UserError(
-                f"{label_file}:{line}: '{listed}' where the model has '{name}'; "
-                "give the label file that it was trained with"
-            )
+            why = f"'{listed}' where the model has '{name}'"
+            if look_of(listed) == look_of(name):
+                why += f" ({difference(listed, name, 'the model')})"
+            hint = "give the label file that it was trained with"
+            raise UserError(f"{label_file}:{line}: {why}; {hint}")
 
 
 def check_length(max_seq_length, max_position):
@@ -802,11 +897,18 @@ def write_header(file, labels, jsonl, scores):
         file.write("\t".join(["text", "label", *(labels if scores else [])]) + "\n")
 
 
-def write_rows(file, texts, names, labels, jsonl, probs=None):
-    """One line per text: its label names and, if given, its probabilities [texts, classes].
+def cell(text):
+    """The text as a cell of a TSV file: tabs and carriage returns become spaces.
 
-    A TSV cell can't hold a tab, so a tab inside a text becomes a space.
+    To pandas, Python's csv and whoever reads with universal newlines a lone carriage return ends
+    the row. U+000B, U+000C, U+001C to U+001E, U+0085, U+2028 and U+2029, where str.splitlines()
+    ends lines, too, end rows in none of them and stay.
     """
+    return text.replace("\t", " ").replace("\r", " ")
+
+
+def write_rows(file, texts, names, labels, jsonl, probs=None):
+    """One line per text: its label names and, if given, its probabilities [texts, classes]."""
     for i, (text, given) in enumerate(zip(texts, names)):
         if jsonl:
             record = {"text": text, "labels": given}
@@ -816,7 +918,7 @@ def write_rows(file, texts, names, labels, jsonl, probs=None):
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
         else:
             scores = [] if probs is None else [f"{p:.6f}" for p in probs[i].tolist()]
-            file.write("\t".join([text.replace("\t", " "), ",".join(given), *scores]) + "\n")
+            file.write("\t".join([cell(text), ",".join(given), *scores]) + "\n")
 
 
 def printable(text):

@@ -88,7 +88,7 @@ def main(argv=None):
     if probs is not None:
         suggested = metric.label_names(metric.decode(probs), labels)
         columns["suggested_label"] = [",".join(names) for names in suggested]
-    columns["text"] = texts
+    columns["text"] = list(map(utils.cell, texts))
     # The first score decides, the next ones break ties.
     ranking = np.lexsort([-score for score in reversed(scores.values())])
     rows = [columns, *([column[i] for column in columns.values()] for i in ranking)]
@@ -108,7 +108,8 @@ def main(argv=None):
 
 
 def data_lines(texts, label_ids, labels):
-    return [f"{t}\t{','.join(labels[i] for i in ids)}\n" for t, ids in zip(texts, label_ids)]
+    rows = zip(map(utils.cell, texts), label_ids)
+    return [f"{text}\t{','.join(labels[i] for i in ids)}\n" for text, ids in rows]
 
 
 def suspicion(probs, targets):

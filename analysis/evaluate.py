@@ -188,7 +188,7 @@ def write_bad_cases(file, texts, label_ids, predicted, labels):
     for text, given, gold in zip(texts, predicted, label_ids):
         if set(given) != set(gold):
             names = (",".join(labels[i] for i in ids) for ids in (given, gold))
-            file.write("\t".join([*names, text]) + "\n")
+            file.write("\t".join([*names, utils.cell(text)]) + "\n")
 
 
 def write_page(args, info, reports, texts, label_ids, kept):

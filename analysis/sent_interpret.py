@@ -52,13 +52,13 @@ def main(argv=None):
     indices, scores = compat.nearest(similarity, features, args.top_k, "evidence")
     with utils.atomic_file(result) as file:
         for record, row, row_scores in zip(records, indices, scores):
-            file.write(f"text: {record['text']}\n")
+            file.write(f"text: {utils.cell(record['text'])}\n")
             file.write(f"predict label: {record['prediction']}\n")
             file.write(f"label: {record['label']}\n")
             file.write("examples with positive influence\n")
             for rank, (i, score) in enumerate(zip(row, row_scores), 1):
                 names = ",".join(labels[j] for j in train_ids[i])
-                text = f"{train_texts[i]}\tlabel: {names}\tscore: {score:.5f}"
+                text = f"{utils.cell(train_texts[i])}\tlabel: {names}\tscore: {score:.5f}"
                 file.write(f"support{rank} text: {text}\n")
             file.write("\n")
     logger.info("Evidence for %d texts saved in %s", len(records), result)

@@ -157,7 +157,9 @@ def read_unlabeled(path):
 
 def write_result(path, texts, names, scores):
     """The samples as a data file, and as `.scores.tsv` beside it; names None: texts alone."""
-    lines = texts if names is None else [f"{t}\t{','.join(n)}" for t, n in zip(texts, names)]
+    lines = list(map(utils.cell, texts))
+    if names is not None:
+        lines = [f"{text}\t{','.join(given)}" for text, given in zip(lines, names)]
     header = "score\ttext" + "\tlabel" * (names is not None)
     rows = [header, *(f"{score:.6f}\t{line}" for score, line in zip(scores, lines))]
     files = {path.name: lines, path.with_suffix(".scores.tsv").name: rows}

@@ -8,6 +8,7 @@ train.py would reject a line.
 
 import io
 import json
+import re
 import sys
 from collections import Counter
 from itertools import combinations
@@ -21,6 +22,10 @@ from utils import UserError, at_least, logger
 
 SHOWN = 10  # groups of duplicates and pairs of labels in the text report; report.json has all
 SIZES = [64, 128, 256, 384, 512]  # sequence lengths, [CLS] and [SEP] included
+# Words of scripts that are written with letters; a vocabulary has most of them in few tokens, while
+# nearly every Chinese character is a token of its own.
+WORDS = re.compile(r"[A-Za-z\u00c0-\u1fff]{2,}")
+MUCH = 0.2  # share of the characters that stands in such words
 PLOTTED = 60  # labels in a plot, the most frequent ones
 LENGTHS = {
     "mean": np.mean,
@@ -39,8 +44,11 @@ def parse_args(argv=None):
     add("--dev_file", default="dev.txt", help="development set")
     add("--test_file", help="test set; None: test.txt if it exists")
     add("--label_file", default="label.txt", help="label names; the line number is the class id")
-    add = parser.add_argument_group("lengths").add_argument
-    add("--params_path", help="model folder to count tokens with; None: count characters + 2")
+    group = parser.add_argument_group("lengths")
+    add = group.add_mutually_exclusive_group().add_argument
+    add("--model_name", help="model folder (vocab.txt) to count tokens with; None: see params_path")
+    add("--params_path", help="the same of a trained model; both None: count characters + 2")
+    add = group.add_argument
     add("--max_seq_length", type=at_least(3), nargs="+", default=SIZES, help="lengths to try")
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", help="folder for report.json and plots; None: report on stdout only")
@@ -53,12 +61,17 @@ def main(argv=None):
     paths = {"train": data / args.train_file, "dev": data / args.dev_file}
     if args.test_file or (data / "test.txt").exists():
         paths["test"] = data / (args.test_file or "test.txt")
-    tokenizer = utils.load_tokenizer(args.params_path) if args.params_path else None
+    if args.model_name and not Path(args.model_name).is_dir():
+        hint = "give one with vocab.txt, or leave it out to count characters"
+        raise UserError(f"--model_name {args.model_name}: no such folder; {hint}")
+    folder = args.model_name or args.params_path
+    tokenizer = utils.load_tokenizer(folder) if folder else None
     label_path = data / args.label_file
     labels = utils.read_labels(label_path)
     scans = {name: utils.scan_examples(path, labels) for name, path in paths.items()}
     lengths = {name: lengths_of(scan.texts, tokenizer) for name, scan in scans.items()}
-    report = make_report(labels, paths, scans, lengths, args)
+    unit = "tokens" if folder else "characters + 2"
+    report = make_report(labels, paths, scans, lengths, unit, args.max_seq_length)
     if args.output_dir:
         files = draw_plots(report, lengths, args.max_seq_length)
         text = json.dumps(report, ensure_ascii=False, indent=2) + "\n"
@@ -83,6 +96,18 @@ def lengths_of(texts, tokenizer):
     return np.array([len(ids) for ids in utils.encode(texts, tokenizer, sys.maxsize)[0]])
 
 
+def word_share(texts):
+    """The share of the characters that stands in words of letters, not in Chinese characters."""
+    letters = sum(len("".join(WORDS.findall(text))) for text in texts)
+    return letters / max(1, sum(map(len, texts)))
+
+
+def looks_csv_quoted(text):
+    """Whether a text stands in quotes as pandas' to_csv writes it; inner quotes are doubled."""
+    quoted = len(text) > 1 and text[0] == text[-1] == '"'
+    return quoted and '"' not in text[1:-1].replace('""', "")
+
+
 def lines_by_text(scan):
     """{text: {line: its set of class ids}}"""
     found = {}
@@ -94,12 +119,18 @@ def lines_by_text(scan):
 def describe(path, scan, lengths, max_seq_lengths):
     """The facts of one file."""
     sizes = Counter(map(len, scan.label_ids))
+
+    def lines_where(test):
+        return [line for text, line in zip(scan.texts, scan.lines) if test(text)]
+
     return {
         "path": str(path),
         "samples": len(scan.texts),
         "blank_lines": scan.blank,
         "malformed": scan.problems,
-        "empty_texts": [line for text, line in zip(scan.texts, scan.lines) if not text],
+        "empty_texts": lines_where(lambda text: not text),
+        "carriage_returns": lines_where(lambda text: "\r" in text),
+        "csv_quoted": lines_where(looks_csv_quoted),
         "unlabelled": sizes[0],
         "labels_per_sample": {str(size): sizes[size] for size in sorted(sizes)},
         "duplicates": [
@@ -107,6 +138,7 @@ def describe(path, scan, lengths, max_seq_lengths):
             for text, lines in lines_by_text(scan).items()
             if len(lines) > 1
         ],
+        "word_share": word_share(scan.texts),
         "length": {name: float(of(lengths)) for name, of in LENGTHS.items() if len(lengths)},
         "longer_than": {str(size): int((lengths > size).sum()) for size in max_seq_lengths},
     }
@@ -127,14 +159,14 @@ def shared_texts(train, other):
     ]
 
 
-def make_report(labels, paths, scans, lengths, args):
+def make_report(labels, paths, scans, lengths, unit, max_seq_lengths):
     """All facts, ready for JSON."""
     counts = {n: Counter(i for ids in s.label_ids for i in ids) for n, s in scans.items()}
     pairs = Counter(p for ids in scans["train"].label_ids for p in combinations(sorted(ids), 2))
     return {
-        "length_unit": "tokens" if args.params_path else "characters + 2",
+        "length_unit": unit,
         "files": {
-            name: describe(paths[name], scan, lengths[name], args.max_seq_length)
+            name: describe(paths[name], scan, lengths[name], max_seq_lengths)
             for name, scan in scans.items()
         },
         "labels": [
@@ -167,6 +199,13 @@ def shown(lines):
     return [f"    {line}" for line in [*lines[:SHOWN], *more]]
 
 
+def doubtful(what, lines):
+    """How many texts have something that was hardly meant, and where; nothing if none has."""
+    if not lines:
+        return []
+    return [f"  texts {what}: {len(lines)}", *shown([f"line {line}" for line in lines])]
+
+
 def repeated(title, groups, where):
     """How many texts are repeated, and the first of them; where(group): their lines as a str."""
     conflicting = sum(not group["same_labels"] for group in groups)
@@ -189,11 +228,21 @@ def text_report(report):
             f"  malformed lines: {len(facts['malformed'])}, blank lines: {facts['blank_lines']}",
             f"  empty texts: {len(facts['empty_texts'])}",
             *shown([f"line {line}" for line in facts["empty_texts"]]),
+            *doubtful("with a carriage return (a space in results)", facts["carriage_returns"]),
+            *doubtful(
+                "in CSV quotes, which are read as text (pandas: quoting=3)", facts["csv_quoted"]
+            ),
             f"  samples without labels: {share(facts['unlabelled'], total)}",
             f"  samples by number of labels: {sizes} (mean {mean:.3f})",
             f"  length in {report['length_unit']}: {commas(lengths)}",
             f"  cut at max_seq_length: {commas(cut)}",
         ]
+        if report["length_unit"] != "tokens" and facts["word_share"] > MUCH:
+            percent = f"{100 * facts['word_share']:.0f}%"
+            lines += [
+                f"    upper bounds: {percent} of the characters are in words of letters, which are "
+                "fewer tokens; give --model_name FOLDER to count tokens"
+            ]
         duplicates = facts["duplicates"]
         lines += repeated("  duplicate texts", duplicates, lambda g: f"lines {commas(g['lines'])}")
     for name, groups in report["shared_with_train"].items():

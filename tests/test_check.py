@@ -10,7 +10,7 @@ import warnings
 import check
 import matplotlib.font_manager
 import pytest
-from conftest import SAMPLE
+from conftest import SAMPLE, needs_package
 
 import utils
 
@@ -116,12 +116,15 @@ def test_json_of_a_small_folder(run, folder, tmp_path):
         "blank_lines": 1,
         "malformed": [],
         "empty_texts": [],
+        "carriage_returns": [],
+        "csv_quoted": [],
         "unlabelled": 1,
         "labels_per_sample": {"0": 1, "1": 2, "2": 2, "3": 1},
         "duplicates": [
             {"lines": [1, 4], "same_labels": False, "text": "一二三四"},
             {"lines": [2, 5], "same_labels": True, "text": "五六"},
         ],
+        "word_share": 0.0,
         "length": {"mean": 28 / 6, "median": 4.5, "p95": 6.0, "p99": 6.0, "max": 6.0},
         "longer_than": {"4": 3},
     }
@@ -251,6 +254,8 @@ def test_status_agrees_with_the_reader_of_train(run, folder, line):
         (["--train_file", "none.txt"], "none.txt: No such file or directory; check the path"),
         (["--dev_file", "none.txt"], "none.txt: No such file or directory; check the path"),
         (["--test_file", "none.txt"], "none.txt: No such file or directory; check the path"),
+        (["--model_name", "ernie-3.0-nano-zh"], "ernie-3.0-nano-zh: no such folder; give one with"),
+        (["--model_name", "none", "--params_path", "none"], "not allowed with argument"),
         (["--params_path", "none"], "none/vocab.txt: No such file or directory; check the path"),
         (["--max_seq_length", "2"], "2 is not a number of at least 3"),
         (["--label_file", "train.txt"], "train.txt:1: label '一二三四\t离婚' has a comma or tab"),
@@ -434,3 +439,59 @@ def test_a_terminal_without_chinese(folder):
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0 and "\\u79bb\\u5a5a" in run.stdout, run.stderr
+
+
+# ------------------------------------------------------------------------- legal but hardly meant
+def test_carriage_returns_and_csv_quotes_are_counted(run, folder):
+    """Some lines are as pandas' to_csv writes them, others have quotes as any text may."""
+    lines = ['"原告称""感情破裂""，离婚。"\t离婚', '"""同意""被告说"\t离婚', "价值“80万”。\t财产"]
+    lines += ['"同意"和"离婚"\t离婚', '"\t离婚', "甲\r乙\r丙\t离婚", "丁\r\t离婚"]
+    (folder / "train.txt").write_text("\n".join(lines) + "\n", encoding="utf-8", newline="")
+    status, out, _, report = run(folder)
+    assert status == 0
+    assert report["files"]["train"]["csv_quoted"] == [1, 2]
+    assert report["files"]["train"]["carriage_returns"] == [6]  # one at the end is stripped
+    assert "  texts with a carriage return (a space in results): 1\n    line 6\n" in out
+    quoted = "  texts in CSV quotes, which are read as text (pandas: quoting=3): 2\n"
+    assert f"{quoted}    line 1\n    line 2\n" in out and out.count("CSV") == 1
+
+
+def test_what_pandas_writes_as_the_readme_says(run, folder):
+    """to_csv with quotes that it doubles is counted; with quoting=3 the texts arrive unchanged."""
+    needs_package("pandas")
+    import pandas
+
+    texts = ['原告称"感情破裂"', '"同意"，被告说', "无引号"]
+    table = pandas.DataFrame({"text": texts, "label": ["离婚", "财产", "离婚,财产"]})
+    settings = {"sep": "\t", "header": False, "index": False}
+    table.to_csv(folder / "train.txt", **settings)
+    assert run(folder)[3]["files"]["train"]["csv_quoted"] == [1, 2]
+    table.to_csv(folder / "train.txt", **settings, quoting=3)
+    assert run(folder)[3]["files"]["train"]["csv_quoted"] == []
+    assert utils.read_examples(folder / "train.txt", LABELS) == (texts, [[0], [1], [0, 1]])
+
+
+def test_characters_are_an_upper_bound_for_english(run, folder, tiny_model):
+    (folder / "dev.txt").write_text("The parties were divorced in 2013.\t离婚\n", encoding="utf-8")
+    note = (
+        "    upper bounds: {}% of the characters are in words of letters, which are fewer tokens; "
+    )
+    note += "give --model_name FOLDER to count tokens\n"
+    _, out, _, report = run(folder)
+    lines = out.splitlines(keepends=True)
+    assert lines.count(note.format(71)) == out.count("upper bounds") == 1  # dev, not train
+    assert report["files"]["dev"]["word_share"] == 24 / 34 and report["length_unit"][:5] == "chara"
+    _, out, _, report = run(folder, "--model_name", tiny_model)  # as the note says
+    assert "upper bounds" not in out and report["length_unit"] == "tokens"
+    (folder / "dev.txt").write_text("原告于2013年诉至法院，被告Ａ、B辩称OK。\t离婚\n", "utf-8")
+    assert "upper bounds" not in run(folder)[1]
+
+
+def test_look_alike_names_and_joined_files_are_said(run, folder):
+    with open(folder / "train.txt", "a", encoding="utf-8") as file:
+        file.write("\ufeff甲\t离婚\n乙\t离\u200b婚\n")
+    status, out, error, _ = run(folder)
+    assert status == 2 and error.count("removed 1 byte order mark(s)") == 1
+    last = "it has U+200B ZERO WIDTH SPACE where the label name '离婚' has nothing; write both the "
+    path = folder / "train.txt"
+    assert out.endswith(f"{path}:9: unknown label '离\u200b婚'; {last}same way\n")

@@ -554,3 +554,20 @@ def test_real_dev_set_agrees(shared, tmp_path):
         np.testing.assert_allclose(logits, trained, rtol=0, atol=1e-4)
         decisions = [metric.decode(metric.probabilities(x)) for x in (logits, trained)]
         assert np.array_equal(*(given[clear] for given in decisions))
+
+
+def test_what_was_hardly_meant_is_said(own_bundle, data, tmp_path, run_cli, capfd):
+    """A carriage return breaks no row; texts with their labels; no label at all."""
+    config = utils.read_json(own_bundle / "config.json")
+    config["thresholds"] = [1.0] * len(LABELS)
+    (own_bundle / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    lines = "甲\r乙\t准予离婚\n丙\t婚后有子女\n"
+    (data / "data.txt").write_text(lines, encoding="utf-8", newline="")
+    for output in (["--output_file", tmp_path / "o.txt"], []):
+        status, log = run_cli(infer.main, argv(own_bundle, data, *output))
+        assert status == 0 and log.count("2 of 2 texts look like text<TAB>label,label, and") == 1
+        assert log.count("2 of 2 texts got no label: no probability is above its threshold") == 1
+    rows = "text\tlabel\n甲 乙 准予离婚\t\n丙 婚后有子女\t\n"
+    assert (tmp_path / "o.txt").read_bytes().decode() == rows
+    infer.main(argv(own_bundle, data))
+    assert capfd.readouterr().out.startswith("input data: 甲 乙 准予离婚\nlabels: \n---")

@@ -538,3 +538,69 @@ def test_limits_of_a_container(files):
     if run.returncode in (1, 77) and "Traceback" not in run.stderr:
         pytest.skip(f"no mount of its own: {run.stderr}")
     assert run.stdout.split() == ["1", "123456"], run.stderr
+
+
+# ------------------------------------------------------------------------- legal but hardly meant
+DOUBTS = "look like text<TAB>label,label, and the labels were read as text; give the texts alone "
+DOUBTS += "(cut -f1), or measure F1 with analysis/evaluate.py"
+
+
+@pytest.mark.parametrize("chunk", [3, 8192])
+def test_texts_with_their_labels(run, monkeypatch, capsys, chunk):
+    """As with --data_file dev.txt, whose unlabelled samples end in a tab."""
+    monkeypatch.setattr(utils, "CHUNK", chunk)
+    labelled = ["甲\t准予离婚", "乙\t婚后有子女, 准予离婚", "丙\t"]
+    for others in (["丁"] * 2, ["丁\t戊", "a\tb\tc"]):  # a tab before something else says nothing
+        run([*labelled, *others])
+        assert capsys.readouterr().err.count(f"3 of 5 texts {DOUBTS}\n") == 1
+    for texts in ([*labelled, *["丁"] * 3], ["甲\t", "乙\t"], ["准予离婚", "甲\t准予离婚,没有的"]):
+        run(texts)
+        assert "TAB" not in capsys.readouterr().err
+
+
+NOTHING = "got no label: no probability is above its threshold; train better (see the F1 on dev), "
+NOTHING += "or give each text its nearest label by --min_labels 1\n"
+
+
+@pytest.fixture
+def cautious(checkpoint, tmp_path):
+    """A model that gives no label to any text."""
+    folder = shutil.copytree(checkpoint, tmp_path / "cautious")
+    edit(folder / "config.json", thresholds=[1.0] * len(LABELS))
+    return folder
+
+
+def test_no_text_got_a_label(run, cautious, capsys):
+    texts = DEV_TEXTS[:7]
+    assert {names for _, names in rows_of(run(texts, params_path=cautious))} == {""}
+    assert capsys.readouterr().err.count(f"7 of 7 texts {NOTHING}") == 1
+    rows = rows_of(run(texts, "--min_labels", "1", params_path=cautious))  # as it says
+    assert all(names in LABELS for _, names in rows)
+    run(texts, "--max_labels", "0", params_path=cautious)  # none was asked for
+    run([*DEV_TEXTS[:7], ""])  # one without a label is nothing unusual
+    assert "got no label" not in capsys.readouterr().err
+
+
+def test_carriage_returns_become_spaces(run):
+    texts = ["甲\r乙", "\r准予离婚", "丙"]
+    data = "".join(f"{text}\n" for text in texts).encode()
+    assert [row[0] for row in rows_of(run(data))] == ["甲 乙", " 准予离婚", "丙"]
+    records = map(json.loads, run(data, output="o.jsonl").decode().splitlines())
+    assert [record["text"] for record in records] == texts
+
+
+def test_several_processes_warn_once(cautious, tmp_path):
+    """Of all their texts together."""
+    texts = [f"{i}\t{LABELS[0]}\n" for i in range(utils.CHUNK + 5)]
+    (tmp_path / "data.txt").write_text("".join(texts) + "\ufeff甲\n", encoding="utf-8")
+    command = "-m paddle.distributed.launch --nproc_per_node=2 --backend=gloo --log_dir"
+    script = [tmp_path / "log", REPO / "predict.py", "--device", "cpu", "--dataset_dir", tmp_path]
+    script += ["--params_path", cautious, "--output_file", tmp_path / "output.txt"]
+    command = [sys.executable, *command.split(), *map(str, script)]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    assert process.returncode == 0, process.stdout + process.stderr
+    log = "".join(path.read_text("utf-8") for path in (tmp_path / "log").glob("workerlog.*"))
+    n = utils.CHUNK + 5
+    for message in (f"{n} of {n + 1} texts {DOUBTS}", f"{n + 1} of {n + 1} texts {NOTHING}"):
+        assert log.count(message) == 1
+    assert log.count("removed 1 byte order mark(s)") == 1

@@ -768,6 +768,72 @@ def test_paddle_is_the_cpu_build():
     assert not paddle.is_compiled_with_cuda()
 
 
+@pytest.mark.parametrize(
+    "flags, first, second",
+    [
+        (
+            [],
+            "2 epoch(s), 24 steps; try more --epochs, a higher --learning_rate than 1e-09 (random "
+            "weights need about 0.001), --warmup --warmup_steps 2",
+            "Rare labels: --loss asl --pos_weight auto. Only too cautious:",
+        ),
+        (
+            "--early_stop --early_stop_nums 1 --epochs 5 --warmup --warmup_steps 1 --loss asl "
+            "--metric_for_best micro_f1 --learning_rate 0".split(),
+            "2 epoch(s), 24 steps; try a higher --early_stop_nums than 1, a higher --learning_rate "
+            "than 0 (random weights need about 0.001)",
+            "Rare labels: --pos_weight auto. Only too cautious:",
+        ),
+        (
+            "--learning_rate 0.5 --epochs 1 --warmup --loss asl --pos_weight auto".split(),
+            "1 epoch(s), 12 steps; try more --epochs, a lower --learning_rate than 0.5, "
+            "--max_grad_norm 1",
+            "- Only too cautious:",
+        ),
+    ],
+)
+def test_remedies_for_a_model_that_finds_nothing(
+    small_data, tiny_model, tmp_path, run_cli, monkeypatch, flags, first, second
+):
+    def nothing(*args):
+        return {"loss": 1.0, "micro_f1": 0.0, "macro_f1": 0.0}
+
+    monkeypatch.setattr(models, "evaluate", nothing)
+    extra = ["--batch_size", "8", "--learning_rate", "1e-9", *flags]
+    status, err = run_cli(train.main, argv(small_data, tiny_model, tmp_path / "c", *extra))
+    *_, cause, rest = err.splitlines()
+    assert status == 0 and "[ WARNING] - F1 is 0: no dev text got a right label after " in cause
+    assert cause.endswith(first) and second in rest and "[ WARNING] - " in rest
+    assert rest.endswith(" analysis/evaluate.py --tune_thresholds --save_thresholds")
+
+
+def test_a_dev_set_without_labels(small_data, tiny_model, tmp_path, run_cli):
+    texts = [line.split("\t")[0] for line in (small_data / "dev.txt").open(encoding="utf-8")]
+    (tmp_path / "dev.txt").write_text("".join(f"{t}\t\n" for t in texts), encoding="utf-8")
+    extra = ["--epochs", "1", "--dev_file", tmp_path / "dev.txt"]
+    status, err = run_cli(train.main, argv(small_data, tiny_model, tmp_path / "c", *extra))
+    *_, cause, rest = err.splitlines()
+    assert status == 0 and cause.endswith(f"no sample of {tmp_path / 'dev.txt'} has a label")
+    assert rest.endswith("Give a --dev_file with labels; data/check.py counts them")
+
+
+def test_no_remedies_for_a_model_that_finds_something(finished, small_data, tiny_model, run_cli):
+    status, err = run_cli(
+        train.main,
+        argv(
+            small_data,
+            tiny_model,
+            finished.parent / "again",
+            "--learning_rate",
+            "5e-3",
+            "--epochs",
+            "3",
+        ),
+    )
+    last = records(finished.parent / "again", "end")[0]
+    assert status == 0 and last["micro_f1"] > 0 and "F1 is 0" not in err
+
+
 @pytest.mark.core
 def test_reaches_the_floor_on_the_sample(checkpoint):
     best = records(checkpoint, "end")[-1]

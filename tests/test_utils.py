@@ -1,6 +1,7 @@
 """utils.py: the data contract, token ids, batches. What it keeps on disk is in test_data.py."""
 
 import argparse
+import csv
 import json
 import random
 import shutil
@@ -13,7 +14,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import SAMPLE
+from conftest import SAMPLE, needs_package
 from tokenizers import Regex, Tokenizer, pre_tokenizers
 
 import model as models
@@ -507,3 +508,118 @@ def test_small_helpers():
             utils.at_least(minimum)(value)
     with pytest.raises(ValueError):
         utils.at_least(3)("x")
+
+
+# ------------------------------------------------------------------------- legal but hardly meant
+LOOK = [
+    ("离婚\u200b", "离婚", "it has U+200B ZERO WIDTH SPACE where {} has nothing"),
+    ("a b", "a\u00a0b", "it has U+0020 SPACE where {} has U+00A0 NO-BREAK SPACE"),
+    (
+        "cafe\u0301",
+        "caf\u00e9",
+        "it has U+0065 LATIN SMALL LETTER E, U+0301 COMBINING ACUTE ACCENT where {} has U+00E9 "
+        "LATIN SMALL LETTER E WITH ACUTE",
+    ),
+    ("离\u3000婚", "离婚", "it has U+3000 IDEOGRAPHIC SPACE where {} has nothing"),
+    ("ＡＢ", "AB", "it has U+FF21 FULLWIDTH LATIN CAPITAL LETTER A, U+FF22 FULLWIDTH LATIN CAPITAL "
+     "LETTER B where {} has U+0041 LATIN CAPITAL LETTER A, U+0042 LATIN CAPITAL LETTER B"),
+    ("a\x08b\xad", "ab", "it has U+0008 where {} has nothing; it has U+00AD SOFT HYPHEN where {} "
+     "has nothing"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, known, what", LOOK)
+def test_a_label_name_that_looks_right(put, name, known, what):
+    path = put(f"甲\t{name}\n乙\t财\n")
+    with pytest.raises(UserError) as error:
+        utils.read_examples(path, ["财产", known])
+    what = what.replace("{}", f"the label name '{known}'")
+    assert str(error.value).split("\n") == [
+        f"{path}:1: unknown label '{name}'; {what}; write both the same way",
+        f"{path}:2: unknown label '财'; it is not among the 2 label names",
+    ]
+
+
+@pytest.mark.parametrize("name, known, what", LOOK)
+def test_label_files_of_names_that_look_alike(put, name, known, what, capsys):
+    """Two such names in one file are two classes: a warning. For one of the model's: refused."""
+    path = put(f"{known}\n财产\n{name}\n", "label.txt")
+    assert utils.read_labels(path) == [known, "财产", name]
+    found, what = "1 label name(s) look like another", what.replace("{}", "line 1")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(f" - {path}: {found}: '{name}' (line 3): {what}")
+    put(f"财产\n{name}\n", "label.txt")
+    with pytest.raises(UserError) as error:
+        utils.check_labels(path.parent, None, ["财产", known])
+    assert f":2: '{name}' where the model has '{known}' (it has U+" in str(error.value)
+    assert capsys.readouterr().err == ""  # no two of the file
+
+
+def test_byte_order_marks_of_joined_files(put, capsys):
+    """As `cat` leaves them, inside a line where a file had no last line end."""
+    part = "\ufeff甲\t离婚\n"
+    path = put(part * 3 + "乙\ufeff丙\t财产\n")
+    assert utils.read_examples(path, LABELS) == (["甲", "甲", "甲", "乙丙"], [[0], [0], [0], [1]])
+    (line,) = capsys.readouterr().err.splitlines()
+    marks = "3 byte order mark(s) (U+FEFF) inside the file, first in line 2"
+    assert "[ WARNING] - " in line and line.endswith(f" - {path}: removed {marks}")
+    assert list(utils.read_texts(put(part))) == ["甲\t离婚"] and capsys.readouterr().err == ""
+    assert list(utils.read_texts(put("a\n\ufeffb\n"))) == ["a", "b"]
+    assert utils.read_labels(put("离婚\n\ufeff财产\n")) == ["离婚", "财产"]
+    assert capsys.readouterr().err.count("removed 1 byte order mark(s)") == 2
+
+
+def test_lines_that_end_in_carriage_returns_alone(put, capsys):
+    """As some programs of the Macintosh write them."""
+    with pytest.raises(UserError) as error:
+        utils.read_examples(put("a\t离婚\rb\t财产\r"), LABELS)
+    hint = "2 tabs; and carriage returns inside the line; save the file with LF line ends"
+    assert str(error.value).endswith(f":1: {hint}")
+    with pytest.raises(UserError, match=":1: carriage return inside a label name; save the file"):
+        utils.read_labels(put("离婚\r财产\r"))
+    path = put("a\rb\rc")
+    assert list(utils.read_texts(path)) == ["a\rb\rc"]
+    hint = "one text with 2 carriage return(s); if they end lines, save it with LF ends"
+    assert f" - {path}: {hint}" in capsys.readouterr().err
+    assert list(utils.read_texts(put("a\rb\nc"))) == ["a\rb", "c"] and not capsys.readouterr().err
+
+
+def test_rows_that_every_reader_counts_alike(tmp_path):
+    """What ends lines for str.splitlines() but not for those who read tables stays."""
+    needs_package("pandas")
+    import pandas
+
+    stays = "甲\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029乙"
+    texts = ["甲\r乙", "\t甲\r\r", '"甲" 乙', '"甲', stays, "NA"]
+    names = [["离婚"], [], ["离婚", "财产"], [], [], []]
+    with utils.atomic_file(tmp_path / "o.txt") as file:
+        utils.write_header(file, LABELS, False, False)
+        utils.write_rows(file, texts, names, LABELS, jsonl=False)
+    cells = ["甲 乙", " 甲  ", *texts[2:]]
+    rows = [[text, ",".join(given)] for text, given in zip(cells, names)]
+    for engine in ("c", "python"):
+        settings = {"quoting": 3, "keep_default_na": False, "engine": engine}  # as README.md says
+        table = pandas.read_csv(tmp_path / "o.txt", sep="\t", **settings)
+        assert table.values.tolist() == rows and list(table) == ["text", "label"]
+    with open(tmp_path / "o.txt", encoding="utf-8", newline="") as file:
+        assert list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))[1:] == rows
+    with utils.atomic_file(tmp_path / "o.jsonl") as file:
+        utils.write_rows(file, texts, names, LABELS, jsonl=True)
+    records = pandas.read_json(tmp_path / "o.jsonl", lines=True, dtype=False)
+    assert records["text"].tolist() == texts and records["labels"].tolist() == names
+
+
+def test_carriage_returns_in_the_files_of_analysis(tmp_path):
+    import dirty
+    import evaluate
+    import sparse
+
+    with utils.atomic_file(tmp_path / "bad_case.txt") as file:
+        evaluate.write_bad_cases(file, ["甲\r乙"], [[0]], [[1]], LABELS)
+    assert (tmp_path / "bad_case.txt").read_bytes().decode() == "财产\t离婚\t甲 乙\n"
+    assert dirty.data_lines(["甲\r乙"], [[0, 1]], LABELS) == ["甲 乙\t离婚,财产\n"]
+    for names, more in ((None, ""), ([["离婚"]], "\t离婚")):
+        sparse.write_result(tmp_path / "sparse.txt", ["甲\r乙"], names, [0.5])
+        assert (tmp_path / "sparse.txt").read_bytes().decode() == f"甲 乙{more}\n"
+        scores = (tmp_path / "sparse.scores.tsv").read_bytes().decode()
+        assert scores.split("\n")[1:] == [f"0.500000\t甲 乙{more}", ""]

@@ -135,7 +135,7 @@ def print_perf(result, batch_size):
 def print_labels(predictor, texts):
     for chunk, decisions, _ in predictor.stream(texts):
         for text, names in zip(chunk, predictor.names(decisions)):
-            print(f"input data: {text}")
+            print(f"input data: {utils.cell(text)}")
             print(f"labels: {','.join(names)}")
             print("----------------------------", flush=True)
 
@@ -166,7 +166,7 @@ def main(argv=None):
         logger.info("Prediction results save in %s.", args.output_file)
     else:
         print_labels(predictor, texts)
-    predictor.log_truncation()
+    predictor.log_doubts()
 
 
 if __name__ == "__main__":
