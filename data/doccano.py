@@ -293,20 +293,21 @@ def stratify(groups, label_ids, num_labels, sizes, rng):
         for label in labels[g]:
             members[label].append(g)
             left[label] += 1
-    # Lists, as single elements of arrays are slow: what each split lacks of each label and in all.
-    need = np.outer(np.array(sizes) / sum(sizes), left).tolist()
+    # For each label what every split lacks of it; lists, as elements of arrays are slow to change.
+    need = np.outer(left, np.array(sizes) / sum(sizes)).tolist()
     room, slack = list(sizes), [size // 50 for size in sizes]
-    chosen = [None] * len(groups)
+    free, chosen = [j for j, size in enumerate(sizes) if size], [None] * len(groups)
     while any(left):
         rarest = min((x for x, number in enumerate(left) if number), key=left.__getitem__)
+        lack = need[rarest]
         for g in members[rarest]:
             if chosen[g] is None:
-                free = [j for j, number in enumerate(room) if number + slack[j] > 0]
-                best = max((need[j][rarest], room[j], rng.random(), j) for j in free)[-1]
-                chosen[g] = best
+                best = chosen[g] = max(free, key=lambda j: (lack[j], room[j]))
                 room[best] -= len(groups[g])
+                if room[best] + slack[best] <= 0:
+                    free.remove(best)
                 for label in labels[g]:
-                    need[best][label] -= 1
+                    need[label][best] -= 1
                     left[label] -= 1
     return chosen
 

@@ -287,14 +287,18 @@ def as_path(item):
 
 
 def has_choices(value):
-    items = value if isinstance(value, list) else [value]
-    return any(isinstance(i, dict) and isinstance(i.get("choices"), list) for i in items)
+    return isinstance(value, dict) and isinstance(value.get("choices"), list)
 
 
 def plain_names(value):
     """The items of a field, with the choices of Label Studio's among them."""
-    items = value if isinstance(value, list) else [value]
-    return sum((i["choices"] if has_choices(i) else [i] for i in items), [])
+    names = []
+    for item in value if isinstance(value, list) else [value]:
+        if has_choices(item):
+            names += item["choices"]
+        else:
+            names.append(item)
+    return names
 
 
 def shortened(value):
@@ -346,7 +350,8 @@ def find_label_fields(records, source, given, text_field):
 
 def kind_of(value, kind):
     if kind == "plain":
-        return "choices" if isinstance(value, dict | list) and has_choices(value) else "unknown"
+        items = value if isinstance(value, list) else [value]
+        return "choices" if any(map(has_choices, items)) else "unknown"
     if value is None:
         return "other"
     return "choices" if len(value) != 1 or isinstance(value[0], tuple) else "name"
@@ -359,8 +364,8 @@ def is_choices(kinds):
 def labels_of(record, answer, controls, fields, joined):
     """The label names of an answer, or None if it is no answer to that question."""
     if record.kind == "plain":
-        found = [answer[name] for name in fields if answer.get(name) is not None]
-        return sum(map(plain_names, found if joined else found[:1]), []) if found else None
+        found = [plain_names(answer[name]) for name in fields if answer.get(name) is not None]
+        return (sum(found, []) if joined else found[0]) if found else None
     names = []
     for name in controls:
         if record.kind == "min" and name in record.fields and name not in answer:
@@ -374,11 +379,11 @@ def labels_of(record, answer, controls, fields, joined):
 
 def find_text_fields(records, given, label_fields):
     """Names of the fields that may hold the text; the first that a record has counts."""
-    answered = [record for record in records if record.answers]
-    found = dict.fromkeys(name for record in answered for name in strings(record, label_fields))
     wanted = [given] if given else list(TEXT_FIELDS)
-    if any(name in found for name in wanted):
+    answered = [record for record in records if record.answers]
+    if any(isinstance(record.fields.get(name), str) for record in answered for name in wanted):
         return wanted
+    found = dict.fromkeys(name for record in answered for name in strings(record, label_fields))
     if len(found) == 1 and not given:
         return list(found)
     raise UserError(f"{answered[0].where}: {no_text(wanted, found)}")
