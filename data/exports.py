@@ -9,6 +9,7 @@ import json
 import re
 import sys
 import zipfile
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -61,30 +62,17 @@ def open_files(paths):
     """Yields (name for messages, open binary file); a zip archive gives the files in it."""
     for path in paths:
         with utils.open_binary(path) as file:
-            start = file.read(4)
-            file = Joined(start, file)
-            if start != b"PK\x03\x04":
+            if file.peek(4)[:4] != b"PK\x03\x04":
                 yield path, file
                 continue
             try:
                 with zipfile.ZipFile(io.BytesIO(file.read())) as archive:
                     for name in archive.namelist():
                         if not name.endswith("/") and not name.startswith("__MACOSX/"):
-                            with archive.open(name) as member:
-                                yield f"{path}/{name}", member
-            except (zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:
-                raise UserError(f"{path}: {error}; unpack it and give the files") from error
-
-
-class Joined:
-    """A file whose first bytes have been read already; a pipe cannot go back."""
-
-    def __init__(self, start, file):
-        self.start, self.file = start, file
-
-    def read(self, size=-1):
-        start, self.start = self.start, b""
-        return start + self.file.read(size)
+                            yield f"{path}/{name}", io.BytesIO(archive.read(name))
+            except (zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError) as error:
+                reason = str(error).rstrip(".")
+                raise UserError(f"{path}: {reason}; unpack it and give the files") from error
 
 
 # ------------------------------------------------------------------------------------------ JSON
