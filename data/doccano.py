@@ -2,13 +2,12 @@
 
     python data/doccano.py --doccano_file doccano.jsonl --save_dir my_data --splits 0.8 0.2
 
-It reads doccano's JSON Lines (text in `data` or `text`, labels in `label` or `labels`) and Label
-Studio's JSON and JSON-MIN; the content decides which. With 1, 2 or 3 splits it writes train.txt,
-dev.txt and test.txt, the texts of the last of them as data.txt, and label.txt. Where several
-annotators labelled a text, a label stays if more than half of them gave it.
+It reads doccano's JSONL, JSON and zip archives and Label Studio's JSON and JSON-MIN; several files
+are read as one. With 1, 2 or 3 splits it writes train.txt, dev.txt and test.txt, the texts of the
+last of them as data.txt, and label.txt. Where several annotators labelled a text, a label stays if
+more than half of them gave it.
 """
 
-import json
 import os
 import re
 import sys
@@ -16,18 +15,20 @@ import time
 from argparse import ArgumentTypeError
 from collections import Counter
 from fractions import Fraction
-from itertools import accumulate
+from itertools import accumulate, chain
 from pathlib import Path
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import exports
+
 import utils
 from utils import UserError, at_least, logger
 
-TEXT_FIELDS = ("data", "text")
-LABEL_FIELDS = ("label", "labels", "choice", "choices")
-DRAWS = 5  # stratified splits of which the best is taken
+APPROVED_ONLY = '"Export only approved documents"'
+DRAWS = 5  # stratified splits of which the best is taken,
+GOOD_GAP = 0.0005  # or the first whose shares of labels differ by less
 
 
 def boolean(value):
@@ -41,17 +42,23 @@ def boolean(value):
 def parse_args(argv=None):
     parser = utils.new_parser(__doc__)
     add = parser.add_argument_group("export").add_argument
-    add("--doccano_file", default="doccano.jsonl", help="export of doccano or Label Studio")
+    exported = "exports of doccano or Label Studio: one or several files, or doccano's zip"
+    add("--doccano_file", default=["doccano.jsonl"], nargs="+", help=exported)
     add("--task_type", choices=["multi_label"], default="multi_label", help="the only one so far")
     add("--text_field", help="field of the text; None: data, text or the only one it can be")
-    add("--label_field", help="field of the labels; None: label(s), choice(s) or what has choices")
+    fields = "fields of the labels, which are joined; None: label(s) or the only one with choices"
+    add("--label_field", nargs="+", help=fields)
+    path = "joins the path of a taxonomy to a label; None: the last element is the label"
+    add("--separator", help=path)
     group = parser.add_argument_group("output")
     add = group.add_argument
     add("--save_dir", default="./data", help="folder of the files; made if it is missing")
     add("--splits", type=at_least(0.0), nargs="+", default=[0.8, 0.2], help="shares, together 1")
     add("--is_shuffle", type=boolean, default=True, help="shuffle and stratify, or cut in order")
     add("--seed", type=at_least(0), default=3, help="seed of order and splits")
-    add("--label_file", help="keep the class ids of this file; a label that it lacks is an error")
+    labels = "keep these class ids, other labels are an error; None: with --valid and --dirty "
+    labels += "label.txt in --save_dir"
+    add("--label_file", help=labels)
     add("--skip_unlabeled", action="store_true", help="leave out samples without labels")
     add("--overwrite", action="store_true", help="replace files that exist")
     add = group.add_mutually_exclusive_group().add_argument
@@ -76,19 +83,24 @@ def main(argv=None):
     else:
         names = ["train.txt", "dev.txt", "test.txt"][: len(args.splits)]
         targets = [*names, "data.txt", "label.txt"]
-    known = utils.read_labels(args.label_file) if args.label_file else None
-    label_path = folder / "label.txt"
+    label_path, given = folder / "label.txt", args.label_file
+    if not given and "label.txt" not in targets:  # samples for a data set that has its labels
+        given = str(label_path) if label_path.is_file() else None
+    if args.dirty and not given:
+        hint = "give the training set's label file with --label_file"
+        raise UserError(f"{label_path}: not found, and --dirty takes no new labels; {hint}")
+    known = utils.read_labels(given) if given else None
     if known and "label.txt" in targets and label_path.is_file():
         if utils.read_labels(label_path) == known:  # nothing would change
             targets.remove("label.txt")
     existing = [str(folder / name) for name in targets if os.path.lexists(folder / name)]
     if existing and not args.overwrite:
         raise UserError(f"{', '.join(existing)}: exists; add --overwrite to replace it")
-    utils.check_outputs(existing, filter(None, [args.doccano_file, args.label_file]))
+    utils.check_outputs(existing, [*args.doccano_file, *filter(None, [given])])
 
-    samples = read_samples(args, known)
+    samples = read_samples(args, known, "--label_file" if args.label_file else given)
     labels = known or sorted({name for _, names in samples for name in names})
-    parts = split(samples, labels, args)
+    parts, gap = split(samples, labels, args)
     contents = {"data.txt": [text for text, _ in parts[-1]], "label.txt": labels}
     for name, part in zip(names, parts):
         contents[name] = [f"{text}\t{','.join(given)}" for text, given in part]
@@ -98,97 +110,13 @@ def main(argv=None):
         logger.info(f"Save %d {what} to %s.", len(contents[name]), folder / name)
     if len(parts) > 1:
         message = "Label shares of splits and whole differ by at most %.2f percentage points."
-        logger.info(message, 100 * share_gap(samples, parts))
+        logger.info(message, 100 * gap)
     if "test.txt" not in targets and "data.txt" in targets and (folder / "test.txt").exists():
         logger.warning("%s is of an earlier run; remove it", folder / "test.txt")
     logger.info("Finished! It takes %.2f seconds", time.time() - start)
 
 
-# ------------------------------------------------------------------------------------ the export
-def read_records(path):
-    """[(where, JSON value)] of a file of JSON lines or of one JSON array."""
-    with utils.open_binary(path) as file:
-        content = file.read()
-    if content.startswith(b"PK\x03\x04"):
-        raise UserError(f"{path}: a zip archive; unpack it and give the file inside")
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        n, byte = content.count(b"\n", 0, error.start) + 1, content[error.start]
-        message = f"{path}:{n}: not valid UTF-8 (byte 0x{byte:02x}); save the file as UTF-8"
-        raise UserError(message) from error
-    if text.lstrip().startswith("["):
-        return read_array(path, text)
-    records, problems = [], []
-    for n, line in enumerate(text.split("\n"), 1):  # splitlines() would cut at U+2028, too
-        try:
-            if line.strip():
-                records.append((f"{path}:{n}", json.loads(line)))
-        except (ValueError, RecursionError):
-            hint = "export JSONL from doccano or JSON from Label Studio"
-            problems.append(f"{path}:{n}: not JSON; {hint}")
-    utils.check_problems(problems)
-    return records
-
-
-def read_array(path, text):
-    try:
-        records = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        n, reason = getattr(error, "lineno", 1), getattr(error, "msg", error)
-        raise UserError(f"{path}:{n}: not JSON ({reason}); export again") from error
-    ids = [record.get("id") if isinstance(record, dict) else None for record in records]
-    where = [f"record {n}" if i is None else f"task {i}" for n, i in enumerate(ids, 1)]
-    return [(f"{path}: {name}", record) for name, record in zip(where, records)]
-
-
-def as_list(value):
-    return value if isinstance(value, list) else [] if value is None else [value]
-
-
-def has_choices(value):
-    return isinstance(value, dict) and isinstance(value.get("choices"), list)
-
-
-def split_record(record):
-    """(fields that may hold the text, one {field: labels} per annotator) of any kind of export."""
-    if not isinstance(record.get("data"), dict):
-        return record, [record]
-    given = [a for a in as_list(record.get("annotations")) if isinstance(a, dict)]
-    given = [annotation for annotation in given if not annotation.get("was_cancelled")]
-    answers = []
-    # An annotation that a reviewer marked as the truth is not outvoted.
-    for annotation in [a for a in given if a.get("ground_truth")] or given:
-        answers.append({})
-        for result in as_list(annotation.get("result")):
-            if isinstance(result, dict) and "from_name" in result:  # not so for relations
-                answers[-1].setdefault(str(result["from_name"]), []).append(result.get("value"))
-    return record["data"], answers
-
-
-def find_label_fields(path, answers, given):
-    """Names of the fields that may hold the labels; the first that a record has counts."""
-    names = dict.fromkeys(name for answer in answers for name in answer)
-    choices = [n for n in names if any(any(map(has_choices, as_list(a.get(n)))) for a in answers)]
-    found = [given] if given else choices or list(LABEL_FIELDS)
-    if len(choices) > 1 and not given:
-        raise UserError(f"{path}: choices in {', '.join(choices)}; name one with --label_field")
-    if not any(name in names for name in found):
-        fields = f"only {', '.join(names)}" if names else "no annotation at all"
-        hint = "export the annotations or name the field with --label_field"
-        raise UserError(f"{path}: no labels in field {' or '.join(found)}, {fields}; {hint}")
-    return found
-
-
-def find_text(fields, given, label_fields):
-    strings = [k for k, v in fields.items() if isinstance(v, str) and k not in label_fields]
-    named = [name for name in ([given] if given else TEXT_FIELDS) if name in strings]
-    if not named and (given or len(strings) != 1):
-        wanted = given or " or ".join(TEXT_FIELDS)
-        raise ValueError(f"no text in field {wanted}; name the right one with --text_field")
-    return fields[(named or strings)[0]]
-
-
+# ----------------------------------------------------------------------------------- the samples
 def clean_text(text, dirty):
     """The text on one line; raises ValueError for what no data file can hold."""
     text = text.lstrip("\ufeff").strip()
@@ -202,73 +130,150 @@ def clean_text(text, dirty):
     return text
 
 
-def clean_labels(value, known):
-    """One annotator's label names; raises ValueError for any that is none or not in `known`."""
-    names = sum((i["choices"] if has_choices(i) else [i] for i in as_list(value)), [])
-    for i, name in enumerate(names):
-        if not isinstance(name, str):
-            what = json.dumps(name, ensure_ascii=False)[:40]
-            raise ValueError(f"label {what} is no name; export text classification, not spans")
-        names[i] = name = name.strip()
+class Cleaner:
+    """Makes label names of what annotators gave; each different one is checked once."""
+
+    def __init__(self, known, known_in, separator):
+        self.known, self.known_in, self.separator = known, known_in, separator
+        self.names, self.paths = {}, {}
+
+    def __call__(self, given):
+        """The names without repetition; raises ValueError for any that is none or not known."""
+        names = []
+        for name in given:
+            if not isinstance(name, str | tuple):
+                hint = "export text classification, not spans"
+                raise ValueError(f"label {exports.shortened(name)} is no name; {hint}")
+            if name not in self.names:
+                self.names[name] = self.clean(name)
+            names.append(self.names[name])
+        return list(dict.fromkeys(names))
+
+    def clean(self, given):
+        name = given
+        if isinstance(given, tuple):  # a path in a taxonomy
+            name = self.separator.join(given) if self.separator else given[-1]
+        name = name.strip()
         name.encode()
         if not name:
             raise ValueError("empty label name; rename it")
         if re.search(r"[,\t\r\n]", name):
             raise ValueError(f"label {name!r} has a comma, tab or line break; rename it")
-        if known is not None and name not in known:
-            raise ValueError(f"label '{name}' is not in --label_file; add it there at the end")
-    return list(dict.fromkeys(names))
+        if self.known is not None and name not in self.known:
+            raise ValueError(f"label '{name}' is not in {self.known_in}; add it there at the end")
+        if isinstance(given, tuple):
+            self.paths.setdefault(name, set()).add(given)
+        return name
+
+
+class Task:
+    """A text and what the annotators gave it, from all records of the same id and text."""
+
+    __slots__ = ("votes", "truths", "is_listed")
+
+    def __init__(self, is_listed):
+        self.votes, self.truths, self.is_listed = [], [], is_listed
+
+    def given(self):
+        return self.truths or self.votes
 
 
 def majority(votes):
+    if len(votes) == 1:
+        return votes[0]
     counts = Counter(name for vote in votes for name in vote)
     return [name for name, count in counts.items() if 2 * count > len(votes)]
 
 
-def read_samples(args, known):
+def read_samples(args, known, known_in):
     """[(text, label names)] in the order of the export; raises UserError that lists the faults."""
-    path, problems, votes, changed, tabs = args.doccano_file, [], {}, 0, 0
-    records = read_records(path)
-    parts = [split_record(r) if isinstance(r, dict) else ({}, []) for _, r in records]
-    label_fields = find_label_fields(path, [a for part in parts for a in part[1]], args.label_field)
-    for (where, record), (fields, answers) in zip(records, parts):
+    source, *others = args.doccano_file
+    source += f" and {len(others)} more" if others else ""
+    records = exports.read(args.doccano_file)
+    controls, fields = exports.find_label_fields(records, source, args.label_field, args.text_field)
+    text_fields = exports.find_text_fields(records, args.text_field, [*controls, *fields])
+    clean = Cleaner(known, known_in, args.separator)
+    problems, tasks, unanswered, changed, tabs = [], {}, set(), 0, 0
+    for record in records:
         try:
-            raw = find_text(fields, args.text_field, label_fields)
+            answers = [
+                exports.labels_of(record, answer, controls, fields, joined=bool(args.label_field))
+                for answer in record.answers
+            ]
+            answers = [clean(answer) for answer in answers if answer is not None]
+            if not answers:
+                unanswered.add(record.task)
+                continue
+            raw = exports.text_of(record, text_fields, [*controls, *fields]).strip()
+            if not raw and not any(answers):
+                unanswered.add(record.task)
+                continue
             text = clean_text(raw, args.dirty)
-            # Label Studio's JSON-MIN has a record for each annotator of a task.
-            given = votes.setdefault((repr(record.get("id", where)), text), [])
-            for answer in answers:
-                value = next((answer[name] for name in label_fields if name in answer), None)
-                given.append(clean_labels(value, known))
         except UnicodeEncodeError:
-            problems.append(f"{where}: invalid Unicode (lone surrogate); correct the record")
+            problems.append(f"{record.where}: invalid Unicode (lone surrogate); correct the record")
         except ValueError as error:
-            problems.append(f"{where}: {error}")
+            problems.append(f"{record.where}: {error}")
         else:
-            tabs += "\t" in raw.strip()
-            changed += re.search(r"[\t\r\n]", raw.strip()) is not None
+            # Label Studio's JSON-MIN has a record for each annotator of a task.
+            task = tasks.setdefault((record.task, text), Task(record.kind == "plain"))
+            (task.truths if record.is_truth else task.votes).extend(answers)
+            tabs += "\t" in raw
+            changed += re.search(r"[\t\r\n]", raw) is not None
     utils.check_problems(problems)
     if args.dirty and not tabs:
-        raise UserError(f"{path}: no text has a tab and an old label after it; leave out --dirty")
-    settled = [(text, majority(given), given) for (_, text), given in votes.items() if given]
-    # Where the annotators agree on nothing, nobody has said that there is no label.
-    samples = [(text, names) for text, names, given in settled if names or not any(given)]
-    if undecided := len(settled) - len(samples):
+        raise UserError(f"{source}: no text has a tab and an old label after it; leave out --dirty")
+    check_empty_lists(tasks.values(), source)
+    samples, undecided, untouched = [], 0, 0
+    for (_, text), task in tasks.items():
+        names, given = majority(task.given()), any(task.given())
+        if names or not given:
+            samples.append((text, names))
+        else:  # the annotators agree on nothing, but nobody has said that there is no label
+            undecided += 1
+        untouched += task.is_listed and not given
+    if undecided:
         message = "Left out %d texts: no label was given by a majority of their annotators."
         logger.warning(message, undecided)
     if not any(names for _, names in samples):
-        raise UserError(f"{path}: no text has a label; annotate and export again")
-    if len(settled) < len(votes):
-        logger.info("Left out %d tasks without annotation.", len(votes) - len(settled))
-    if several := [set(map(frozenset, given)) for given in votes.values() if len(given) > 1]:
+        raise UserError(f"{source}: no text has a label; annotate and export again")
+    if missing := len(unanswered - {number for number, _ in tasks}):
+        logger.info("Left out %d tasks without annotation.", missing)
+    several = [set(map(frozenset, t.given())) for t in tasks.values() if len(t.given()) > 1]
+    if several:
         message = "%d texts have several annotators, %d of them conflict: the majority decides."
         logger.info(message, len(several), sum(len(answers) > 1 for answers in several))
     if changed and not args.dirty:
         logger.warning("Tabs or line breaks in %d texts became spaces.", changed)
+    for name, paths in clean.paths.items():
+        if len(paths) > 1 and not args.separator:
+            ends = ", ".join("/".join(path) for path in sorted(paths))
+            message = "Label %s is the end of %d paths (%s); --separator / keeps them apart."
+            logger.warning(message, name, len(paths), ends)
+    if args.skip_unlabeled:
+        unlabelled = sum(not names for _, names in samples)
+        logger.info("%d samples have no label: left out.", unlabelled)
+        return [sample for sample in samples if sample[1]]
+    if untouched:
+        message = "%d texts have an empty list of labels and count as samples without labels. %s"
+        hint = f"If nobody has looked at them, tick {APPROVED_ONLY} in doccano's export."
+        logger.warning(message, untouched, hint)
     if unlabelled := sum(not names for _, names in samples):
-        what = "left out" if args.skip_unlabeled else "written as text<TAB>"
-        logger.info("%d samples have no label: %s.", unlabelled, what)
-    return [sample for sample in samples if sample[1] or not args.skip_unlabeled]
+        logger.info("%d samples have no label: written as text<TAB>.", unlabelled)
+    return samples
+
+
+def check_empty_lists(tasks, source):
+    """Raises UserError if empty lists in doccano's exports are hardly the members' answers.
+
+    By default, doccano 1.8 writes every text into every member's file. The list is then empty where
+    the member has never looked; if only approved texts are exported, it says that no label fits.
+    """
+    several = [t for t in tasks if t.is_listed and len(t.votes) > 1 and any(t.votes)]
+    split = sum(not all(task.votes) for task in several)
+    if split > 1 and 2 * split > len(several):
+        message = f"{split} of {len(several)} texts have labels from one member and an empty list"
+        hint = f"tick {APPROVED_ONLY} and export again, or delete the records that are no answer"
+        raise UserError(f"{source}: {message} from another, who may not have seen them; {hint}")
 
 
 # ------------------------------------------------------------------------------------- the split
@@ -281,43 +286,44 @@ def stratify(groups, label_ids, num_labels, sizes, rng):
     and no split exceeds its size by more than 2%: rare labels all prefer the largest split, and
     many of them would leave the others empty.
     """
-    counts = [Counter(x for i in group for x in label_ids[i] or [num_labels]) for group in groups]
-    members, left = [[] for _ in range(num_labels + 1)], np.zeros(num_labels + 1)
+    labels = [[x for i in group for x in label_ids[i] or [num_labels]] for group in groups]
+    members, left = [[] for _ in range(num_labels + 1)], [0] * (num_labels + 1)
     # Large groups first: single samples can even out what these leave.
-    for g in sorted(rng.permutation(len(groups)), key=lambda g: -len(groups[g])):
-        for label, count in counts[g].items():
+    for g in sorted(rng.permutation(len(groups)).tolist(), key=lambda g: -len(groups[g])):
+        for label in labels[g]:
             members[label].append(g)
-            left[label] += count
-    need = np.outer(np.array(sizes) / sum(sizes), left)  # [splits, labels]
-    room, chosen = list(sizes), [None] * len(groups)
-    while left.any():
-        rarest = int(np.argmin(np.where(left > 0, left, np.inf)))
+            left[label] += 1
+    # For each label what every split lacks of it; lists, as elements of arrays are slow to change.
+    need = np.outer(left, np.array(sizes) / sum(sizes)).tolist()
+    room, slack = list(sizes), [size // 50 for size in sizes]
+    free, chosen = [j for j, size in enumerate(sizes) if size], [None] * len(groups)
+    while any(left):
+        rarest = min((x for x, number in enumerate(left) if number), key=left.__getitem__)
+        lack = need[rarest]
         for g in members[rarest]:
             if chosen[g] is None:
-                free = [j for j in range(len(sizes)) if room[j] + sizes[j] // 50 > 0]
-                best = max(free, key=lambda j: (need[j, rarest], room[j], rng.random()))
-                chosen[g] = best
+                best = chosen[g] = max(free, key=lambda j: (lack[j], room[j]))
                 room[best] -= len(groups[g])
-                for label, count in counts[g].items():
-                    need[best, label] -= count
-                    left[label] -= count
+                if room[best] + slack[best] <= 0:
+                    free.remove(best)
+                for label in labels[g]:
+                    need[label][best] -= 1
+                    left[label] -= 1
     return chosen
 
 
-def share_gap(samples, parts):
-    """The largest difference between a label's share of a part and its share of all samples."""
-
-    def shares(part):
-        counts = Counter(name for _, given in part for name in given)
-        return np.array([counts[name] for name in names]) / max(len(part), 1)
-
-    names = {name for _, given in samples for name in given}
-    whole = shares(samples)
-    return max(float(abs(shares(part) - whole).max()) for part in parts)
+def share_gap(label_ids, num_labels, split_of):
+    """The largest difference between a label's share of a split and its share of all samples."""
+    lengths = np.fromiter(map(len, label_ids), int)
+    given = np.fromiter(chain.from_iterable(label_ids), int)
+    counts = np.zeros((max(split_of) + 1, num_labels))
+    np.add.at(counts, (np.repeat(split_of, lengths), given), 1)
+    shares = counts / np.maximum(np.bincount(split_of), 1)[:, None]
+    return float(abs(shares - counts.sum(0) / len(label_ids)).max())
 
 
 def split(samples, labels, args):
-    """A list of samples for each split; samples of the same text stay together."""
+    """(A list of samples for each split, share_gap); samples of the same text stay together."""
     rng, ids = np.random.default_rng(args.seed), {name: i for i, name in enumerate(labels)}
     label_ids = [[ids[name] for name in names] for _, names in samples]
     by_text = {}
@@ -330,22 +336,24 @@ def split(samples, labels, args):
         logger.warning(message, len(repeated), conflicting)
     ends = [int(len(samples) * share) for share in accumulate(args.splits)]
     sizes = np.diff([0, *ends]).tolist()
-
-    def parts_of(chosen, order):
-        split_of = {i: j for group, j in zip(groups, chosen) for i in group}
-        return [[samples[i] for i in order if split_of[i] == j] for j in range(len(sizes))]
-
-    if args.is_shuffle:
-        order = rng.permutation(len(samples))
-        draws = (stratify(groups, label_ids, len(labels), sizes, rng) for _ in range(DRAWS))
-        candidates = [parts_of(chosen, order) for chosen in draws]
-        parts = min(candidates, key=lambda parts: share_gap(samples, parts))
-    else:
-        chosen = [sum(group[0] >= end for end in ends) for group in groups]
-        parts = parts_of(chosen, range(len(samples)))
+    order = rng.permutation(len(samples)).tolist() if args.is_shuffle else range(len(samples))
+    best, gap = None, np.inf
+    for _ in range(DRAWS if args.is_shuffle and len(sizes) > 1 else 1):
+        if args.is_shuffle:
+            chosen = stratify(groups, label_ids, len(labels), sizes, rng)
+        else:
+            chosen = [sum(group[0] >= end for end in ends) for group in groups]
+        split_of = np.empty(len(samples), int)
+        for group, j in zip(groups, chosen):
+            split_of[group] = j
+        if (found := share_gap(label_ids, len(labels), split_of)) < gap:
+            best, gap = split_of.tolist(), found
+        if gap < GOOD_GAP:
+            break
+    parts = [[samples[i] for i in order if best[i] == j] for j in range(len(sizes))]
     if not all(parts):
         raise UserError(f"--splits: {len(samples)} samples are too few for {len(sizes)} splits")
-    return parts
+    return parts, gap
 
 
 if __name__ == "__main__":
