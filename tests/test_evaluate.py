@@ -145,11 +145,15 @@ def test_chunks_change_nothing(run, tmp_path, monkeypatch):
         sizes.append(len(texts))
         return encode(texts, *rest)
 
+    def rounded(path):
+        """Batches of other sizes may change the last digit of a logit."""
+        return re.sub(r"\d+\.\d+", lambda m: f"{float(m[0]):.3f}", path.read_text("utf-8"))
+
     monkeypatch.setattr(utils, "encode", watched)
     for cells in (utils.CHUNK_CELLS, 20 * 7):
         monkeypatch.setattr(utils, "CHUNK_CELLS", cells)
         assert run("--tune_thresholds", *flags)[0] == 0
-        results.append([p.read_bytes() for p in sorted(tmp_path.iterdir()) if p.is_file()])
+        results.append([rounded(p) for p in sorted(tmp_path.iterdir()) if p.is_file()])
     assert results[0] == results[1] and len(results[0]) == 3
     assert sizes == [96, 41, *[7] * 13, 5, *[7] * 5, 6]
 

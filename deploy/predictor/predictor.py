@@ -181,8 +181,9 @@ def open_session(prefix, precision="fp32", device="cpu", device_id=0, num_thread
     folder = bundle_folder(prefix)
     if utils.read_model_info(folder).model_sha256 is None:
         raise UserError(f"{folder}: a checkpoint, not a bundle; run export_model.py on it")
+    others = [file for file in folder.glob("*.pdiparams") if file.stem != Path(prefix).name]
     names = [Path(prefix).name + suffix for suffix in utils.GRAPH_SUFFIXES]
-    if any(folder.glob("*.pdiparams")) and not any((folder / name).exists() for name in names):
+    if others and not any((folder / name).exists() for name in names):
         raise UserError(f"{prefix}: no {' or '.join(names)} there; check --model_path_prefix")
     path = folder / utils.ONNX_FILES[precision]
     args = path, device, device_id, num_threads or utils.num_cores()
