@@ -35,7 +35,8 @@ def main(argv=None):
     utils.check_outputs([args.output_file], filter(None, [args.input_file, args.label_file]))
     named, count = {}, 0
     with utils.atomic_file(args.output_file) as file:
-        for count, (text, names, scores) in enumerate(read_predictions(args.input_file), 1):
+        predictions = read_predictions(args.input_file, labels)
+        for count, (text, names, scores) in enumerate(predictions, 1):
             task = as_task(text, names, scores, args)
             file.write(("[\n" if count == 1 else ",\n") + json.dumps(task, ensure_ascii=False))
             named.update(dict.fromkeys(scores or names))
@@ -44,16 +45,23 @@ def main(argv=None):
     print(configuration(labels or named, args))
 
 
-def read_predictions(path):
+def read_predictions(path, labels):
     """Yields (text, label names, {label: probability}); raises UserError at the first bad line."""
     lines = utils.Lines(path)
     for line in lines:
         try:
             record = json.loads(line)
-            yield record["text"], list(record["labels"]), record.get("scores", {})
-        except (ValueError, KeyError, TypeError):
+            text, names, scores = record["text"], record["labels"], record.get("scores", {})
+            if not (isinstance(text, str) and isinstance(names, list)):
+                raise TypeError
+        except (ValueError, KeyError, TypeError, AttributeError):
             lines.bad("no prediction; predict.py --output_file x.jsonl writes such lines")
+        else:
+            unknown = [name for name in names if labels is not None and name not in labels]
+            if unknown:
+                lines.bad(f"label '{unknown[0]}' is not in --label_file; give the model's labels")
         lines.check()
+        yield text, names, scores
     lines.check()
     if not lines.index:
         raise UserError(f"{path}: empty file; predict.py --output_file x.jsonl writes one")

@@ -487,7 +487,14 @@ SPAN = [{"start": 0, "end": 1, "text": "文", "labels": ["人名"]}]
             ["--label_field", "要素"],
             [["甲"]],
         ),
-        ([json_min({"text": "文"}, {"要素": "甲", "note": {"text": ["a", "b"]}})], [], [["甲"]]),
+        (
+            [
+                json_min({"text": "文"}, {"要素": "甲", "note": {"text": ["a", "b"]}}),
+                json_min({"text": "字"}, {"要素": "乙", "note": "a"}),
+            ],
+            [],
+            [["甲"], ["乙"]],
+        ),
     ],
     ids=[
         "imported labels",
