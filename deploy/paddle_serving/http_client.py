@@ -83,7 +83,7 @@ def read_texts(path):
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                text = line.decode("utf-8").replace("\ufeff", "")  # byte order marks
             except UnicodeDecodeError as error:
                 raise ValueError(f"{path}:{number}: not valid UTF-8; save it as UTF-8") from error
             texts.append(text.removesuffix("\n").removesuffix("\r"))
