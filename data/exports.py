@@ -10,10 +10,8 @@ import re
 import sys
 import zipfile
 import zlib
-from pathlib import Path
 from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
 from utils import UserError, logger
 

@@ -237,3 +237,20 @@ def run_cli(capfd):
         return status, capfd.readouterr().err
 
     return run
+
+
+@pytest.fixture
+def convert(tmp_path, run_cli):
+    """convert(content, *flags) returns (exit status, stderr); files come to tmp_path/out."""
+
+    import doccano
+    from export_forms import as_jsonl
+
+    def convert(content, *flags, splits=("1",)):
+        content = content if isinstance(content, bytes | str) else as_jsonl(content)
+        content = content if isinstance(content, bytes) else content.encode()
+        (tmp_path / "export.any").write_bytes(content)
+        argv = ["--doccano_file", tmp_path / "export.any", "--save_dir", tmp_path / "out"]
+        return run_cli(doccano.main, [*argv, "--splits", *splits, *flags])
+
+    return convert
