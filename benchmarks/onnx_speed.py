@@ -5,7 +5,8 @@
 
 The second form measures a model of random weights. The sides take turns on the same tenth of the
 texts, so that a busy machine slows all of them; tokenisation is not counted. The ceiling is the
-best float32 matrix product of NumPy (2048 x 2048, all threads) seen in the same run.
+best float32 matrix product of NumPy (2048 x 2048, all threads) seen in the same run. --device gpu:
+the sides are fp32 and fp16 on the GPU, and fp32 on the CPU.
 """
 
 import tempfile
@@ -37,6 +38,8 @@ def parse_args(argv=None):
     add("--max_seq_length", type=utils.at_least(3), default=128, help="longest sequence of --shape")
     add("--batch_size", type=utils.at_least(1), default=32, help="texts per batch")
     add("--num_threads", type=utils.at_least(1), default=utils.num_cores(), help="threads")
+    add("--device", choices=["cpu", "gpu"], default="cpu", help="where the sides run")
+    add("--device_id", type=utils.at_least(0), default=0, help="number of the GPU")
     return parser.parse_args(argv)
 
 
@@ -63,23 +66,30 @@ def random_bundle(args, folder):
 
 
 def measure(args, prefix):
-    def predictor(precision, num_threads=args.num_threads):
-        settings = {"num_threads": num_threads, "batch_size": args.batch_size}
-        result = Predictor(prefix, precision=precision, **settings)
+    """The figures as a dict; "padded" is fp32 on the device, too."""
+
+    def predictor(device, precision, num_threads=args.num_threads):
+        settings = {"device": device, "precision": precision, "num_threads": num_threads}
+        settings |= {"device_id": args.device_id, "batch_size": args.batch_size}
+        result = Predictor(prefix, **settings)
         result.forward = common.Stopwatch(result.forward)
         return result
 
-    sides = {"padded fp32": predictor("fp32")}
-    for precision in ("fp32", "int8"):
-        sides[precision] = predictor(precision)
-        sides[f"{precision}, 1 thread"] = predictor(precision, 1)
+    sides = {"padded fp32": predictor(args.device, "fp32"), "fp32": predictor(args.device, "fp32")}
+    if args.device == "gpu":
+        sides |= {"fp16": predictor("gpu", "fp16"), "CPU fp32": predictor("cpu", "fp32")}
+    else:
+        sides["int8"] = predictor("cpu", "int8")
+        sides |= {f"{name}, 1 thread": predictor("cpu", name, 1) for name in ("fp32", "int8")}
     watches = {name: side.forward for name, side in sides.items()}
     texts = common.read_first_column(args.dataset_dir, args.data_file)
     lengths = [len(ids) for ids in sides["fp32"].encode(texts)]
     sides["padded fp32"].forward = padded(watches["padded fp32"], max(lengths))
     plan, ceiling = utils.batches(lengths, args.batch_size), 0.0
+    # A GPU prepares each shape of a batch when it first meets it: its warm-up needs all of them.
+    warm_up = texts if args.device == "gpu" else texts[: args.batch_size]
     for name, side in sides.items():
-        side.predict(texts[: args.batch_size])  # warm-up
+        side.predict(warm_up)
         watches[name].times, watches[name].shapes = [], []
     for turn in range(TURNS):
         ceiling = max(ceiling, sgemm_flops_per_second(args.num_threads))
@@ -89,18 +99,24 @@ def measure(args, prefix):
     seconds = {name: sum(watch.times) for name, watch in watches.items()}
     config = utils.read_json(Path(prefix).parent / utils.CONFIG_FILE)
     flops = sum(matmul_flops(config, *shape) for shape in watches["fp32"].shapes)
-    return {
+    row = {
         "texts": len(texts),
+        "batch_size": args.batch_size,
         "num_threads": args.num_threads,
         "texts_per_second": {name: len(texts) / s for name, s in seconds.items()},
         "fp32_over_padded": seconds["padded fp32"] / seconds["fp32"],
-        "int8_over_padded": seconds["padded fp32"] / seconds["int8"],
-        "fp32_threads_gain": seconds["fp32, 1 thread"] / seconds["fp32"],
-        "int8_threads_gain": seconds["int8, 1 thread"] / seconds["int8"],
-        "sgemm_gflops": ceiling / 1e9,
-        "fp32_share_of_sgemm": flops / seconds["fp32"] / ceiling,
         "processor": common.processor(),
     }
+    if args.device == "gpu":
+        row["fp16_over_fp32"] = seconds["fp32"] / seconds["fp16"]
+        row["fp32_over_cpu"] = seconds["CPU fp32"] / seconds["fp32"]
+        return row
+    row["int8_over_padded"] = seconds["padded fp32"] / seconds["int8"]
+    for name in ("fp32", "int8"):
+        row[f"{name}_threads_gain"] = seconds[f"{name}, 1 thread"] / seconds[name]
+    row["sgemm_gflops"] = ceiling / 1e9
+    row["fp32_share_of_sgemm"] = flops / seconds["fp32"] / ceiling
+    return row
 
 
 def padded(forward, length):

@@ -24,6 +24,7 @@ from utils import UserError, logger
 OPSET = 13
 INPUTS = ["input_ids", "token_type_ids"]
 PYTHON = sys.version_info[:2]
+ort.set_default_logger_severity(3)  # errors: it notes every constant that it folds
 
 
 def bundle_folder(prefix):
@@ -141,7 +142,6 @@ def _convert(prefix, path):
     raw.write_bytes(
         paddle2onnx.export(graph, weights, opset_version=OPSET, enable_onnx_checker=True)
     )
-    ort.set_default_logger_severity(3)  # it notes every constant that it removes
     quant_pre_process(str(raw), str(path), skip_symbolic_shape=True)
 
 
@@ -212,27 +212,31 @@ def _current_session(path, device, device_id, num_threads):
     info = utils.read_model_info(path.parent)
     options = ort.SessionOptions()
     options.intra_op_num_threads = num_threads
-    options.log_severity_level = 3  # errors: the rest are notes on nodes that need no attention
     providers = ["CPUExecutionProvider"]
     if device == "gpu":
         providers = [("CUDAExecutionProvider", {"device_id": device_id}), *providers]
     try:
-        with utils.native_path(path) as native:
-            session = ort.InferenceSession(str(native), options, providers=providers)
+        with utils.native_path(path) as native, _stdout_to_stderr():
+            if device == "gpu" and hasattr(ort, "preload_dlls"):
+                ort.preload_dlls()  # CUDA's libraries may be Python packages
+            # A GPU that fails, now or later, would be replaced by the CPU.
+            session = ort.InferenceSession(native, options, providers, enable_fallback=0)
+        session.disable_fallback()
     except Exception as error:  # its exceptions share no base class
+        if device == "gpu" and "device ID" in str(error):
+            raise UserError(f"--device_id {device_id}: no such GPU; see nvidia-smi -L") from error
         if device == "gpu" and "CUDA" in str(error):
             raise _no_cuda(str(error).splitlines()[0]) from error
         raise _unreadable(path, error) from error
     if device == "gpu" and "CUDAExecutionProvider" not in session.get_providers():
-        raise _no_cuda("its libraries cannot be loaded")  # ONNX Runtime would go on with the CPU
+        raise _no_cuda(f"its libraries cannot be loaded, or there is no GPU {device_id}")
     meta = session.get_modelmeta().custom_metadata_map
     if meta.get("model_sha256") != info.model_sha256:
         return None
     classes = session.get_outputs()[0].shape[-1]
-    if [i.name for i in session.get_inputs()] != INPUTS or classes != len(info.labels):
-        raise UserError(
-            f"{path}: {classes} classes, config.json names {len(info.labels)} labels; export again"
-        )
+    named = len(info.labels)
+    if [i.name for i in session.get_inputs()] != INPUTS or classes != named:
+        raise UserError(f"{path}: {classes} classes, {named} labels in config.json; export again")
     return session
 
 
