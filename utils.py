@@ -20,6 +20,7 @@ import json
 import logging
 import os
 import platform
+import re
 import shutil
 import signal
 import sys
@@ -55,6 +56,7 @@ MAX_REPORTED = 10  # offending lines listed in one error message
 MAX_LINE = 500_000  # bytes; longer than any document, so the file has lost its line ends
 CHUNK = 8192  # texts that are read, encoded and sorted by length at a time
 CHUNK_CELLS = 1 << 22  # fewer with many labels: texts x labels of a chunk (float32: 16 MiB)
+MAX_WORD = 100  # characters; a longer word is [UNK]
 ENCODE_CHARACTERS = 1 << 18  # tokenised at a time: an encoding holds much more than the ids
 # Share of a window that the next one repeats. A clause that is cut at a seam is whole in one of the
 # two: a quarter of 126 tokens is longer than nine of ten clauses of the real set.
@@ -495,7 +497,7 @@ def load_tokenizer(folder, model_folder=None):
     size = max(vocab.values()) + 1
     if size > (model_size := model.get("vocab_size", size)):
         raise UserError(f"{path}: {size} tokens, the model has {model_size}; not its vocabulary")
-    tokenizer = Tokenizer(WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=100))
+    tokenizer = Tokenizer(WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=MAX_WORD))
     rule = {"lowercase": config.get("do_lower_case", True), "strip_accents": None}
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     if model.get("model_type") == "bert":
@@ -510,6 +512,51 @@ def load_tokenizer(folder, model_folder=None):
         raise UserError(f"{configs[1]}: a tokenizer setting is not true or false") from error
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
     return tokenizer
+
+
+# Characters that begin a token whatever stands around them. No brackets: they may belong to a
+# special token.
+SAFE_CUT = ' \t\n!"#%&(),./:;?，。、；：？！“”（）《》'
+IDEOGRAPHS = "\u4e00-\u9fff"  # where the tokenizer takes each as a word
+EMOJI = "\U0001f300-\U0001f64f"  # where symbols are tokens of their own
+# A word of more than MAX_WORD characters is one [UNK]; no normaliser removes any of these.
+LETTER = "[0-9A-Za-z\u00d9-\u00f6\u0400-\u0481\u3041-\u3096\u30a1-\u30fa\uac00-\ud7a3]"
+LONG_WORD = re.compile(f"({LETTER}{{{MAX_WORD + 1}}}){LETTER}+")
+CHARACTERS_PER_TOKEN = 8
+
+
+def safe_cut(tokenizer):
+    """Pattern of the characters in front of which a text may be cut before it is tokenised."""
+    characters = re.escape(SAFE_CUT)
+    if tokenizer.normalizer.handle_chinese_chars:
+        characters += IDEOGRAPHS
+    if isinstance(tokenizer.pre_tokenizer, pre_tokenizers.Sequence):
+        characters += EMOJI
+    return re.compile(f"[{characters}]")
+
+
+def encode_heads(texts, tokenizer, room, cut):
+    """Encodings of the texts, of those with more than `room` tokens perhaps only the first ones.
+
+    The time does not grow with what stands behind them. cut: see safe_cut.
+    """
+    size = CHARACTERS_PER_TOKEN * room
+    texts = [LONG_WORD.sub(r"\1", text) if len(text) > size else text for text in texts]
+
+    def head(text):
+        place = cut.search(text, size) if len(text) > size else None
+        return text[: place.start()] if place else text
+
+    heads = [head(text) for text in texts]
+    result = tokenizer.encode_batch(heads, add_special_tokens=False)
+    while short := [
+        i for i, text in enumerate(texts) if len(result[i]) <= room and len(heads[i]) < len(text)
+    ]:
+        size *= 4
+        for i in short:
+            heads[i] = head(texts[i])
+            result[i] = tokenizer.encode(heads[i], add_special_tokens=False)
+    return result
 
 
 class Windows(list):
@@ -537,9 +584,9 @@ def encode(texts, tokenizer, max_seq_length, long_text="truncate"):
     cls_id, sep_id = tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]")
     encoded, cut = {"truncate": list, "window": Windows}[long_text](), 0
     room, split = max_seq_length - 2, long_text == "window"
-    longest = max(map(len, texts), default=0)
+    longest, place = max(map(len, texts), default=0), safe_cut(tokenizer)
     for chunk in chunks(texts, min(CHUNK, 1 + ENCODE_CHARACTERS // max(1, longest))):
-        for encoding in tokenizer.encode_batch(chunk, add_special_tokens=False):
+        for encoding in encode_heads(chunk, tokenizer, sys.maxsize if split else room, place):
             ids = encoding.ids
             cut += len(ids) > room
             if split:

@@ -395,7 +395,7 @@ BROKEN_BUNDLES = {
         other_model_without_graph,
         "float32.pdmodel or float32.json: no such file; export again",
     ),
-    "other number of labels": (other_labels, "20 classes, config.json names 7 labels"),
+    "other number of labels": (other_labels, "20 classes, 7 labels in config.json"),
     "vocabulary of another model": (
         lambda f: (f / "vocab.txt").write_text("[PAD]\n", encoding="utf-8"),
         "vocab.txt: [CLS], [SEP], [MASK], [UNK] missing",

@@ -226,7 +226,8 @@ def test_long_texts_are_tokenised_few_at_a_time(digits, monkeypatch):
     sizes = []
 
     class Watched:
-        token_to_id = digits.token_to_id
+        token_to_id, normalizer = digits.token_to_id, digits.normalizer
+        pre_tokenizer = digits.pre_tokenizer
 
         def encode_batch(self, texts, **kwargs):
             sizes.append(sum(map(len, texts)))
@@ -239,6 +240,68 @@ def test_long_texts_are_tokenised_few_at_a_time(digits, monkeypatch):
         assert cut == 25 and max(sizes) < 12_000 < sum(sizes)
         expected = [utils.encode([text], digits, 128, long_text)[0] for text in texts]
         assert list(map(list, found)) == [list(ids) for part in expected for ids in part]
+
+
+HOSTILE = {
+    "ideographs": "中",
+    "words": "ab ",
+    "one word": "a",
+    "digits": "7",
+    "emoji": "😀",
+    "kana": "が",
+    "Cyrillic": "й",
+    "accents": "é",
+    "punctuation": "！",
+}
+
+
+@pytest.mark.parametrize("unit", HOSTILE.values(), ids=HOSTILE)
+def test_what_is_far_behind_the_cut_is_not_tokenised(unit, digits):
+    """100 kB took the tokenizer up to 0.3 s for the first 126 tokens."""
+    seen = []
+
+    class Watched:
+        token_to_id, normalizer = digits.token_to_id, digits.normalizer
+        pre_tokenizer = digits.pre_tokenizer
+
+        def encode_batch(self, texts, **kwargs):
+            seen.extend(texts)
+            return digits.encode_batch(texts, **kwargs)
+
+        def encode(self, text, **kwargs):
+            seen.append(text)
+            return digits.encode(text, **kwargs)
+
+    text = unit * 100_000
+    (found,), cut = utils.encode([text], Watched(), 128)
+    whole = digits.encode(text, add_special_tokens=False).ids
+    assert found.tolist() == [1, *whole[:126], 2] and cut == (len(whole) > 126)
+    assert sum(map(len, seen)) < 5000
+
+
+@pytest.mark.parametrize("config", [{}, {"model_type": "bert"}, {"tokenize_chinese_chars": False}])
+def test_ids_of_long_texts_are_those_of_the_whole(config, tmp_path):
+    """Random texts of everything that a tokenizer treats in its own way, at many lengths."""
+    rng, units = (
+        random.Random(3),
+        ["中", "文", "a", "Ab", "7", " ", "\t", "，", "。", "!", "-", "é"],
+    )
+    units += ["\u0301", "\u200d", "\x01", "[SEP]", "[", "CLS]", "😀", "👍🏽", "が", "й", "한", "+"]
+    units += ["\u3000", "\xa0", "\r\n", "ﬁ", "İ", "Σ", "\U00020000", "א", "²", "Ø", "#", "##"]
+    vocab = [*utils.SPECIAL_TOKENS, *"中文a7，。!-é[]😀が+#σ²", "##a", "##b", "##中", "ab", "e"]
+    folder = make_folder(tmp_path, list(dict.fromkeys(vocab)))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    if config:
+        (folder / "config.json").write_text('{"model_type": "bert"}', encoding="utf-8")
+    tokenizer = utils.load_tokenizer(folder)
+    for turn in range(400):
+        few = rng.sample(units, rng.choice([1, 2, 3, len(units)]))
+        runs = (rng.choice(few) * rng.choice([1, 1, 2, 90, 130]) for _ in range(rng.randint(1, 60)))
+        text, room = "".join(runs), rng.choice([1, 3, 14])
+        (found,), cut = utils.encode([text], tokenizer, room + 2)
+        whole = tokenizer.encode(text, add_special_tokens=False).ids
+        assert found.tolist()[1:-1] == whole[:room], (turn, text)
+        assert cut == (len(whole) > room)
 
 
 def test_vocabulary_without_special_tokens(tmp_path):
