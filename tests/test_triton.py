@@ -159,6 +159,23 @@ def test_tokenizer_gives_the_ids_of_utils(repository, bundle):
         assert response.tensors["token_type_ids"].shape == ours.shape
 
 
+@pytest.mark.parametrize("unit", ["中", "ab ", "a", "é", "😀", "[SEP]", " ", "\u0301", "\x01中"])
+def test_tokenizer_cuts_long_texts_as_utils_does(repository, bundle, unit):
+    model = load_model(repository / "tokenizer" / "1")
+    longest = utils.read_model_info(bundle).max_seq_length
+    texts = [unit * (LIMIT // len(unit.encode())), "一" + unit * 5000 + "二"]
+    ids, _ = utils.encode(texts, utils.load_tokenizer(bundle), longest)
+    sizes, whole = [], model.tokenizer
+    model.tokenizer = types.SimpleNamespace(
+        encode_batch=lambda heads: sizes.append(sum(map(len, heads))) or whole.encode_batch(heads)
+    )
+    (response,) = model.execute([text_request(*texts)])
+    ours, wanted = response.tensors["input_ids"], utils.pad(ids)["input_ids"]
+    assert np.array_equal(ours[:, : wanted.shape[1]], wanted)
+    if unit in {"中", "ab ", "a", "é", "😀"}:
+        assert sum(sizes) < 5000
+
+
 @pytest.mark.parametrize("least, most", [(0, None), (1, 2), (3, 3), (0, 0), (20, 20)])
 @pytest.mark.parametrize("tuned", [False, True])
 def test_postprocess_decides_like_metric(repository, tmp_path, tuned, least, most):
@@ -255,7 +272,7 @@ def imports(path):
 
 def test_served_and_copied_files_need_nothing_of_the_project(repository):
     for path in repository.glob("*/1/*.py"):
-        allowed = {"json", "os", "numpy", "tokenizers", "triton_python_backend_utils"}
+        allowed = {"json", "os", "re", "numpy", "tokenizers", "triton_python_backend_utils"}
         assert imports(path) <= allowed
     standard = set(sys.stdlib_module_names)
     assert imports(FOLDER / "serve.py") <= standard | {"supervisor"}
@@ -306,6 +323,7 @@ def test_repository_is_complete(repository, bundle):
     served = (repository / "seqcls_model" / "1" / "model.onnx").read_bytes()
     assert served == (bundle / "model.onnx").read_bytes()
     limits = utils.read_json(repository / "tokenizer" / "1" / "settings.json")
+    assert limits.pop("safe_cut") and limits.pop("long_word")  # see utils.safe_cut
     assert limits == {"max_seq_length": 128, "max_text_bytes": LIMIT}
 
 

@@ -288,7 +288,16 @@ def test_ids_of_long_texts_are_those_of_the_whole(config, tmp_path):
     )
     units += ["\u0301", "\u200d", "\x01", "[SEP]", "[", "CLS]", "😀", "👍🏽", "が", "й", "한", "+"]
     units += ["\u3000", "\xa0", "\r\n", "ﬁ", "İ", "Σ", "\U00020000", "א", "²", "Ø", "#", "##"]
-    vocab = [*utils.SPECIAL_TOKENS, *"中文a7，。!-é[]😀が+#σ²", "##a", "##b", "##中", "##😀", "ab", "e"]
+    vocab = [
+        *utils.SPECIAL_TOKENS,
+        *"中文a7，。!-é[]😀が+#σ²",
+        "##a",
+        "##b",
+        "##中",
+        "##😀",
+        "ab",
+        "e",
+    ]
     folder = make_folder(tmp_path, list(dict.fromkeys(vocab)))
     (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     if config:

@@ -116,9 +116,10 @@ def fill(folder, bundle, args):
     tokenizer_file = folder / "tokenizer" / "1" / "tokenizer.json"
     tokenizer_file.write_text(tokenizer.to_str(), encoding="utf-8")
     limits = {"max_seq_length": info.max_seq_length, "max_text_bytes": args.max_text_bytes}
+    cut = {"safe_cut": utils.safe_cut(tokenizer).pattern, "long_word": utils.LONG_WORD.pattern}
     thresholds = info.thresholds or [metric.DEFAULT_THRESHOLD] * len(info.labels)
     rule = {"labels": info.labels, "thresholds": thresholds, **info.limits}
-    for name, settings in (("tokenizer", limits), ("seqcls_postprocess", rule)):
+    for name, settings in (("tokenizer", limits | cut), ("seqcls_postprocess", rule)):
         text = json.dumps(settings, ensure_ascii=False, indent=2) + "\n"
         (folder / name / "1" / "settings.json").write_text(text, encoding="utf-8")
 

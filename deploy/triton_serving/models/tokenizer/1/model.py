@@ -5,6 +5,7 @@ Reads tokenizer.json and settings.json beside it, which make_repository.py wrote
 
 import json
 import os
+import re
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
@@ -13,6 +14,7 @@ from tokenizers.processors import TemplateProcessing
 
 # Requests run together only if they are padded to the same length, so lengths are rounded up.
 LENGTH_STEP = 16
+CHARACTERS_PER_TOKEN = 8
 
 
 def refusal(message, code):
@@ -28,6 +30,9 @@ class TritonPythonModel:
             settings = json.load(file)
         self.max_seq_length = settings["max_seq_length"]
         self.max_text_bytes = settings["max_text_bytes"]
+        self.safe_cut, self.long_word = map(
+            re.compile, (settings["safe_cut"], settings["long_word"])
+        )
         ends = [(token, self.tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
         self.tokenizer.post_processor = TemplateProcessing(
             single="[CLS] $A [SEP]", special_tokens=ends
@@ -84,8 +89,21 @@ class TritonPythonModel:
     def encode(self, texts):
         """Token ids, int64 [texts, length]: a multiple of LENGTH_STEP, at most the model's longest.
 
-        Shorter rows end in [PAD] = 0, which the model masks.
+        Shorter rows end in [PAD] = 0, which the model masks. What stands far behind the last token
+        is not tokenised; see encode_heads in utils.py.
         """
-        encodings = self.tokenizer.encode_batch(texts)
+        size = CHARACTERS_PER_TOKEN * self.max_seq_length
+        texts = [self.long_word.sub(r"\1", text) if len(text) > size else text for text in texts]
+        while True:
+            heads = [self.head(text, size) for text in texts]
+            encodings = self.tokenizer.encode_batch(heads)
+            if all(e.overflowing or h == t for e, h, t in zip(encodings, heads, texts)):
+                break
+            size *= 4
         input_ids = np.array([encoding.ids for encoding in encodings], dtype=np.int64)
         return input_ids[:, : self.max_seq_length]
+
+    def head(self, text, size):
+        """The text up to the first place behind `size` characters where it may be cut."""
+        place = self.safe_cut.search(text, size) if len(text) > size else None
+        return text[: place.start()] if place else text
