@@ -20,6 +20,7 @@ import sys
 import threading
 import types
 
+import local_server
 import make_repository
 import numpy as np
 import onnxruntime
@@ -40,7 +41,7 @@ try:
     from tritonclient import grpc as triton_grpc
     from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-    HAS_SERVER = triton_server.package_folder() is not None
+    HAS_SERVER = local_server.package_folder() is not None
 except ImportError:
     HAS_SERVER = False
 
