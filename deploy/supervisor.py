@@ -19,7 +19,7 @@ import urllib.request
 POLL = 0.2  # seconds
 MAX_FAILED_STARTS = 3  # in a row; then keep_running gives up
 # Reads until the supervisor is gone, however it ended, then kills the server's process group.
-WATCHER = "trap '' HUP INT TERM; read _; kill -KILL -- -$0"
+WATCHER = "trap '' HUP INT TERM; read _; kill -KILL -$0"
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # ignores http_proxy
 logger = logging.getLogger("multi_label")

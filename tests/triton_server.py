@@ -125,3 +125,58 @@ class TritonServer:
             self.stop()
         finally:
             self.kill()
+
+
+class Proxy:
+    """The real nginx with deploy/triton_serving/nginx.conf in front of a server, on free ports.
+
+    A foreground process with a folder of its own. Raises RuntimeError if it doesn't start.
+    """
+
+    def __init__(self, program, triton_url):
+        port, inner_port = free_ports(2)
+        self.url = f"127.0.0.1:{port}"
+        self.folder = Path(tempfile.mkdtemp(prefix="nginx_"))
+        text = (REPO / "deploy" / "triton_serving" / "nginx.conf").read_text(encoding="utf-8")
+        for old, new in (
+            ("server 127.0.0.1:8000;", f"server {triton_url};"),
+            ("listen 8080;", f"listen {self.url};"),
+            ("127.0.0.1:8081", f"127.0.0.1:{inner_port}"),
+            ("/tmp/", f"{self.folder}/"),
+            ("/dev/stderr", f"{self.folder}/access.log"),
+        ):
+            assert old in text, old
+            text = text.replace(old, new)
+        (self.folder / "nginx.conf").write_text(text, encoding="utf-8")
+        command = [program, "-p", self.folder, "-c", self.folder / "nginx.conf"]
+        self.log_file = self.folder / "log.txt"
+        with open(self.log_file, "wb") as log:
+            self.process = subprocess.Popen([*command, "-g", "daemon off;"], stderr=log)
+        try:
+            wait_until(self._listens, self.log)
+        except BaseException:
+            self.stop()
+            raise
+
+    def _listens(self):
+        if self.process.poll() is not None:
+            raise RuntimeError(f"nginx did not start:\n{self.log()}")
+        try:
+            socket.create_connection(("127.0.0.1", int(self.url.split(":")[1]))).close()
+        except OSError:
+            return False
+        return True
+
+    def log(self):
+        return self.log_file.read_text(encoding="utf-8", errors="replace")
+
+    def stop(self):
+        self.process.terminate()
+        self.process.wait(PATIENCE)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.stop()
