@@ -19,6 +19,7 @@ import subprocess
 import sys
 import threading
 import types
+from concurrent import futures
 
 import local_server
 import make_repository
@@ -1192,7 +1193,8 @@ def class_count_over_grpc(url):
 
 
 def nested_brackets(url):
-    return ask(url, "POST", INFER, json_body(data=["X"]).replace(b'"X"', b"[" * 40_000))
+    nested = b"[" * 40_000 + b'"a"' + b"]" * 40_000
+    return ask(url, "POST", INFER, json_body(data=["X"]).replace(b'"X"', nested))
 
 
 def one_byte_chunks(url):
@@ -1233,3 +1235,309 @@ def test_requests_that_kill_the_server(real_server, repository, expected):
             wait_until(lambda: server.log().count("serve.py: ready") == number + 1, server.log)
             assert server.log().count("; restarting it") == number
         assert_same(new_client(server).classify(TEXTS[:4]), TEXTS[:4], expected)
+
+
+# ------------------------------------------------------------- behind nginx, with nginx.conf
+@pytest.fixture(scope="module")
+def nginx():
+    """The program; skips, or fails under REQUIRE_SHARED, where it is not installed."""
+    program = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
+    if program is None:
+        why = "nginx is not installed (Debian: apt install nginx-light)"
+        if os.environ.get("REQUIRE_SHARED"):
+            pytest.fail(f"REQUIRE_SHARED is set and {why}")
+        pytest.skip(why)
+    return program
+
+
+@pytest.fixture(scope="module")
+def proxy(nginx, server):
+    with triton_server.Proxy(nginx, server.http_url) as proxy:
+        yield proxy
+
+
+@pytest.mark.parametrize("batch_size", [1, 32, 64])
+def test_dev_set_through_the_proxy(proxy, expected, batch_size):
+    client = Client(proxy.url, "http")
+    client.check_ready()
+    for texts in utils.chunks(TEXTS, batch_size):
+        assert_same(client.classify(texts), texts, expected)
+
+
+def request_json(data, outputs=None, **more):
+    """A request's body with every key in a place of its own."""
+    tensor = {"data": data, "datatype": "BYTES", "name": "INPUT", "shape": [len(data), 1]}
+    given = {} if outputs is None else {"outputs": outputs}
+    return json.dumps({**given, "inputs": [tensor], **more}, ensure_ascii=False).encode()
+
+
+GOOD_BODIES = {
+    "keys in another order": request_json(["婚后育有一子。", "a"]),
+    "rows of one": request_json([["婚后育有一子。"], ["a"]]),
+    "one output, an id": request_json(["a"], [{"name": "confidence"}], id="x-1"),
+    "JSON outputs": request_json(
+        ["a"], [{"name": n, "parameters": {"binary_data": False}} for n in ("label", "confidence")]
+    ),
+    "much white space": json.dumps(json.loads(request_json(["a"])), indent="\t\r\n ").encode(),
+    "brackets, quotes and keys in a text": request_json(['[[[[{"classification": 1}\\', "]]\\"]),
+    "64 texts of escapes": request_json(['\\"' * 3000] * 64),
+    "no text at all": request_json([""]),
+    "a character in two escapes": request_json(["X"]).replace(b"X", rb"\uD83D\uDE00\u5a5a"),
+}
+
+
+@pytest.mark.parametrize("body", GOOD_BODIES.values(), ids=GOOD_BODIES)
+def test_good_bodies_through_the_proxy(proxy, server, body):
+    """The same answer as without it."""
+    status, _, reply = ask(proxy.url, "POST", INFER, body)
+    assert status == 200 and reply == ask(server.http_url, "POST", INFER, body)[2]
+
+
+FORM = "the body is not a request of the form that the README of triton_serving shows"
+CLASSIFICATION = [{"name": "label", "parameters": {"classification": 1}}]
+BAD_FORMS = {
+    "classification": request_json(["a"], CLASSIFICATION),
+    "escaped key": request_json(["a"], CLASSIFICATION).replace(b"classif", rb"cl\u0061ssif"),
+    "classification beside binary_data": request_json(
+        ["a"], [{"name": "label", "parameters": {"binary_data": False, "classification": 1}}]
+    ),
+    "classification behind a closed string": request_json(["X"]).replace(
+        b'"X"', rb'"\\"], "outputs": [{"name": "label", "parameters": {"classification": 1}}'
+    ),
+    "parameters of the request": request_json(["a"], parameters={"priority": 1}),
+    "parameters of the input": request_json(["X"]).replace(
+        b'"INPUT"', b'"INPUT", "parameters": {"shared_memory_region": "x"}'
+    ),
+    "class_count": request_json(["a"], [{"name": "label", "class_count": 1}]),
+    "40 000 brackets": request_json(["X"]).replace(b'"X"', b"[" * 40_000 + b"]" * 40_000),
+    "40 000 open brackets": b"[" * 40_000,
+    "40 000 open braces": b'{"inputs":' * 40_000,
+    "brackets with values between": request_json(["X"]).replace(b'"X"', b'["a",' * 9_000),
+    "brackets in the shape": request_json(["a"]).replace(b"[1, 1]", b"[" * 9_000),
+    "brackets in the id": request_json(["a"], id="X").replace(b'"X"', b"[" * 9_000),
+    "3 outputs": request_json(["a"], [{"name": "label"}] * 3),
+    "2 inputs": request_json(["a"]).replace(b"}]", b'}, {"name": "INPUT"}]'),
+    "another output": request_json(["a"], [{"name": "logits"}]),
+    "long shape": request_json(["a"]).replace(b"[1, 1]", b"[1, 1, 1]"),
+    "large shape": request_json(["a"]).replace(b"[1, 1]", b"[9999999999, 1]"),
+    "negative shape": request_json(["a"]).replace(b"[1, 1]", b"[-1, 1]"),
+    "numbers": request_json([1]),
+    "something behind it": request_json(["a"]) + b"{}",
+    "a comment": b"/**/" + request_json(["a"]),
+    "a byte order mark": "\ufeff".encode() + request_json(["a"]),
+    "UTF-16": request_json(["a"]).decode().encode("utf-16"),
+    "an escape that JSON lacks": request_json(["X"]).replace(b"X", rb"\x41"),
+    "half a character": request_json(["X"]).replace(b"X", rb"\ud83d\u0041"),
+    "a line end in a text": request_json(["X"]).replace(b"X", b"\n"),
+    "cut": request_json(["a"])[:-1],
+    "nothing": b"",
+    "noise": random.Random(SEED).randbytes(500_000),
+    "binary form": packed("a"),
+    "a string without end": b'{"inputs": "' + b"\\" * 900_001,
+}
+
+
+@pytest.mark.parametrize("body", BAD_FORMS.values(), ids=BAD_FORMS)
+def test_bodies_that_the_proxy_refuses(proxy, right, body):
+    status, kind, reply = ask(proxy.url, "POST", INFER, body)
+    assert (status, kind, json.loads(reply)) == (400, "application/json", {"error": FORM})
+    right()
+
+
+HEAD = f"POST {INFER} HTTP/1.1\r\nHost: x\r\n"
+RAW_REQUESTS = {  # bytes as they are, status, error
+    "1 000 000 one-byte chunks": (
+        HEAD.encode() + b"Transfer-Encoding: chunked\r\n\r\n" + b"1\r\n \r\n" * 1_000_000,
+        411,
+        "send Content-Length, no Transfer-Encoding",
+    ),
+    "two lengths": (
+        f"{HEAD}Content-Length: 5\r\nContent-Length: 6\r\n\r\nhello".encode(),
+        400,
+        "malformed HTTP request",
+    ),
+    "length and chunks": (
+        f"{HEAD}Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n".encode(),
+        400,
+        "malformed HTTP request",
+    ),
+    "negative length": (
+        f"{HEAD}Content-Length: -1\r\n\r\n".encode(),
+        400,
+        "malformed HTTP request",
+    ),
+    "no HTTP": (b"\x16\x03\x01\x02\x00\x01\r\n\r\n", 400, "malformed HTTP request"),
+    "a head without end": (
+        f"{HEAD}X: {'a' * 50_000}\r\n\r\n".encode(),
+        431,
+        "the request line or header is too long",
+    ),
+    "a long path": (
+        f"GET /{'a' * 50_000} HTTP/1.1\r\n\r\n".encode(),
+        431,
+        "the request line or header is too long",
+    ),
+}
+
+
+@pytest.mark.parametrize("data, status, error", RAW_REQUESTS.values(), ids=RAW_REQUESTS)
+def test_broken_http_at_the_proxy(proxy, right, data, status, error):
+    assert raw_request(proxy.url, data) == (
+        status,
+        "application/json",
+        json.dumps({"error": error}).encode(),
+    )
+    right()
+
+
+REQUESTS = {  # method, path, body, headers, status, error
+    "2 MB": ("POST", INFER, request_json(["a" * 2_000_000]), {}, 413, "1 MB; send fewer texts"),
+    "compressed": ("POST", INFER, b"x", {"Content-Encoding": "gzip"}, 415, "Content-Encoding"),
+    "binary": (
+        "POST",
+        INFER,
+        request_json(["a"]),
+        {"Inference-Header-Content-Length": "9"},
+        415,
+        "send the texts as JSON, without binary data",
+    ),
+    "a forged verdict": ("POST", INFER, b"{}", {"Body-Is-Right": "yes"}, 400, FORM),
+    "GET": ("GET", INFER, b"", {}, 405, "use POST"),
+    "POST to health": ("POST", "/v2/health/ready", b"", {}, 405, "use GET"),
+    "another model": ("POST", "/v2/models/tokenizer/infer", b"{}", {}, 404, "not found"),
+    "a version": ("POST", "/v2/models/seqcls/versions/1/infer", b"{}", {}, 404, "not found"),
+    "generate": ("POST", "/v2/models/seqcls/generate", b"{}", {}, 404, "not found"),
+    "statistics": ("GET", "/v2/models/stats", b"", {}, 404, "not found"),
+    "root": ("GET", "/", b"", {}, 404, "not found"),
+    "a way round": ("GET", "/v2/health/ready/../../models/stats", b"", {}, 404, "not found"),
+    "an encoded way round": ("GET", "/v2/health/ready%2f..%2f..%2flogging", b"", {}, 404, "not"),
+    **{f"{m} {p}": (m, p, b"{}", {}, 404, "not found") for m, p in CLOSED},
+}
+
+
+@pytest.mark.parametrize(
+    "method, path, body, headers, status, error", REQUESTS.values(), ids=REQUESTS
+)
+def test_requests_that_the_proxy_refuses(proxy, right, method, path, body, headers, status, error):
+    found, kind, reply = ask(proxy.url, method, path, body, headers)
+    assert (found, kind) == (status, "application/json") and error in json.loads(reply)["error"]
+    right()
+
+
+@pytest.mark.parametrize("path", ["/v2/health/live", "/v2/health/ready", "/v2/models/seqcls/ready"])
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_health_through_the_proxy(proxy, method, path):
+    assert ask(proxy.url, method, path)[0] == 200
+    assert ask(proxy.url, method, f"{path}?x=1", b"x" * 100)[0] == 200
+
+
+def test_triton_answers_for_what_has_the_form(proxy, right):
+    """The proxy does not repeat the server's checks of numbers and lengths."""
+    for body, message in (
+        (request_json(["a"] * 65), "must be <= 64"),
+        (request_json(["a"]).replace(b"[1, 1]", b"[3, 1]"), "expected 3 string elements"),
+        (request_json(["a" * (LIMIT + 1)]), f"the limit is {LIMIT}"),
+    ):
+        status, _, reply = ask(proxy.url, "POST", INFER, body)
+        assert status == 400 and message in json.loads(reply)["error"]
+    right()
+
+
+def test_fuzz_through_the_proxy(proxy, server, right, expected):
+    """1000 hostile requests, good ones among them: no death, no wrong answer."""
+    rng, before = random.Random(SEED), server.log()
+    client, hostile = Client(proxy.url, "http"), [*BAD_FORMS.values(), *GOOD_BODIES.values()]
+    statuses = set()
+    for i in range(1000):
+        path, body, headers = random_body(rng)
+        if i % 3 == 0:  # a known one with some bytes changed
+            body = bytearray(rng.choice(hostile)[:20_000] or b"x")
+            for _ in range(rng.randrange(4)):
+                body[rng.randrange(len(body))] = rng.randrange(256)
+            path, body, headers = INFER, bytes(body), {}
+        statuses.add(ask(proxy.url, "POST", path, body, headers)[0])
+        if i % 20 == 0:
+            texts = [TEXTS[(i + k) % len(TEXTS)] for k in range(1 + i % 5)]
+            assert_same(client.classify(texts), texts, expected)
+    assert statuses <= {200, 400, 404, 415} and {200, 400, 404} <= statuses
+    assert server.log() == before  # Triton has met nothing that it would log
+    right()
+
+
+def test_slow_clients_at_the_proxy(proxy, right):
+    """300 that do not finish their head or their body: everyone else is served meanwhile."""
+    port = int(proxy.url.split(":")[1])
+    starts = [f"{HEAD}Content-Length: 100\r\n\r\n".encode() + b"{", HEAD.encode()[:20]]
+    with contextlib.ExitStack() as stack:
+        slow = []
+        for i in range(300):
+            connection = socket.create_connection(("127.0.0.1", port), PATIENCE)
+            stack.enter_context(connection)
+            # Bodies of at most half of the requests that one address may have at once.
+            connection.sendall(starts[0 if i < 32 else 1])
+            slow.append(connection)
+        assert ask(proxy.url, "GET", "/v2/health/ready")[0] == 200
+        assert len(Client(proxy.url, "http").classify(TEXTS[:4])) == 4
+        for connection in slow:  # in the end each gets an answer or is cut off
+            with contextlib.suppress(ConnectionResetError):
+                reply = connection.recv(1000)
+                assert reply == b"" or b"408" in reply.split(b"\r\n")[0]
+    right()
+
+
+def test_too_many_requests_at_the_proxy(proxy, right):
+    """The 65th body that one address sends at the same time gets 503; health checks go on."""
+    port = int(proxy.url.split(":")[1])
+    with contextlib.ExitStack() as stack:
+        for _ in range(64):
+            connection = socket.create_connection(("127.0.0.1", port), PATIENCE)
+            stack.enter_context(connection)
+            connection.sendall(f"{HEAD}Content-Length: 100\r\n\r\n".encode() + b"{")
+
+        def refused():
+            return ask(proxy.url, "POST", INFER, request_json(["a"]))[0::2]
+
+        full = wait_until(lambda: (r := refused())[0] == 503 and r, lambda: "never full")
+        assert json.loads(full[1]) == {"error": "too many requests at once; retry later"}
+        assert ask(proxy.url, "GET", "/v2/health/ready")[0] == 200
+    wait_until(lambda: refused()[0] == 200, lambda: "the places are not given back")
+    right()
+
+
+def test_sigterm_behind_the_proxy(nginx, real_server, repository, expected):
+    """Clients on connections that stay open get a right answer or 503, nothing else."""
+    answers, refusals, end = [], set(), threading.Event()
+    texts = TEXTS[:8]
+    body = request_json(texts)
+
+    def go_on():
+        connection = http.client.HTTPConnection(proxy.url, timeout=PATIENCE)
+        while not end.is_set():
+            connection.request("POST", INFER, body)
+            reply = connection.getresponse()
+            text = reply.read()
+            if reply.status == 200:
+                answers.append(text)
+            else:
+                refusals.add((reply.status, json.loads(text)["error"]))
+
+    with (
+        triton_server.TritonServer(repository) as server,
+        triton_server.Proxy(nginx, server.http_url) as proxy,
+        futures.ThreadPoolExecutor(8) as pool,
+    ):
+        clients = [pool.submit(go_on) for _ in range(8)]
+        try:
+            wait_until(lambda: len(answers) > 50, server.log)
+            assert server.stop() == 0
+            assert ask(proxy.url, "GET", "/v2/health/ready")[0] == 503
+        finally:
+            end.set()
+        for client in clients:
+            client.result(PATIENCE)
+    stopping = "in ensemble 'seqcls', the server is stopping"
+    gone = "the server is not available; retry later"
+    assert (503, stopping) in refusals and refusals <= {(503, stopping), (503, gone)}
+    names = json.loads(answers[0])["outputs"][0]["data"]
+    assert [n for n in names if n] == [n for text in texts for n in expected[text][0]]
+    assert len(set(answers)) == 1
