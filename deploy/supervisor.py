@@ -17,6 +17,9 @@ import time
 import urllib.request
 
 POLL = 0.2  # seconds
+MAX_FAILED_STARTS = 3  # in a row; then keep_running gives up
+# Reads until the supervisor is gone, however it ended, then kills the server's process group.
+WATCHER = "trap '' HUP INT TERM; read _; kill -KILL -$0"
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # ignores http_proxy
 logger = logging.getLogger("multi_label")
@@ -44,7 +47,10 @@ def check_port(host, port):
 
 
 def die_with_parent():
-    """A server must not outlive a killed supervisor and hold its ports."""
+    """A server must not outlive a killed supervisor and hold its ports.
+
+    This reaches the server alone, but at once; the watcher below ends whatever it has started.
+    """
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
@@ -59,6 +65,12 @@ class Server:
         self.url = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
         self.health, self.stop_seconds, self.was_ready = health, stop_seconds, False
         self.process = subprocess.Popen(command, start_new_session=True, preexec_fn=die_with_parent)
+        self.watcher = subprocess.Popen(
+            ["sh", "-c", WATCHER, str(self.process.pid)],
+            stdin=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
 
     def get(self, path):
         """The body of a reply with status 200; raises OSError for anything else."""
@@ -93,10 +105,11 @@ class Server:
         """Ends the server and everything that it started."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
+        self.watcher.communicate()  # ends it; before the group's number is free for others
         self.process.wait()
 
 
-def keep_running(start, max_failed_starts):
+def keep_running(start, max_failed_starts=MAX_FAILED_STARTS):
     """Runs the Server that start() returns, until SIGTERM or SIGINT. Returns the exit status.
 
     0: stopped; 1: not everything was answered; 2: the server fails whenever it is started.

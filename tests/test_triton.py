@@ -19,11 +19,14 @@ import subprocess
 import sys
 import threading
 import types
+from concurrent import futures
 
+import local_server
 import make_repository
 import numpy as np
 import onnxruntime
 import pytest
+import serve
 import triton_server
 from conftest import REPO, SAMPLE
 from test_docs import commands
@@ -38,9 +41,11 @@ try:
     import seqcls_grpc_client
     from seqcls_grpc_client import Client, ClientError
     from tritonclient import grpc as triton_grpc
+    from tritonclient import http as triton_http
     from tritonclient.grpc import service_pb2, service_pb2_grpc
+    from tritonclient.utils import InferenceServerException
 
-    HAS_SERVER = triton_server.package_folder() is not None
+    HAS_SERVER = local_server.package_folder() is not None
 except ImportError:
     HAS_SERVER = False
 
@@ -653,7 +658,7 @@ def test_bad_http_requests(server, right, path, body, status, message):
     right()
 
 
-def infer(server, raw, shape=None, name="INPUT", datatype="BYTES", model="seqcls"):
+def infer(server, raw, shape=None, name="INPUT", datatype="BYTES", model="seqcls", channel=None):
     """One gRPC request of raw input bytes, not checked by any client library."""
     shape = shape or [1, 1]
     tensor = service_pb2.ModelInferRequest.InferInputTensor(
@@ -662,8 +667,9 @@ def infer(server, raw, shape=None, name="INPUT", datatype="BYTES", model="seqcls
     request = service_pb2.ModelInferRequest(
         model_name=model, inputs=[tensor], raw_input_contents=[raw]
     )
-    with grpc.insecure_channel(server.grpc_url) as channel:
-        return service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelInfer(
+    own = None if channel else grpc.insecure_channel(server.grpc_url)
+    with own or contextlib.nullcontext():
+        return service_pb2_grpc.GRPCInferenceServiceStub(channel or own).ModelInfer(
             request, timeout=PATIENCE
         )
 
@@ -701,9 +707,20 @@ def test_bad_utf8_over_http(server, right):
     """In JSON the server itself replaces or refuses it; as binary data the tokenizer refuses."""
     status, reply = post(server, INFER, json_body(data=["X"]).replace(b'"X"', b'"ab\xff"'))
     assert status == 200 or reply["error"]
-    with pytest.raises(ClientError, match="text 2 of the request is not valid UTF-8"):
-        new_client(server, "http").classify(["好", b"\xe5\xa9"])
+    tensor = triton_http.InferInput("INPUT", [2, 1], "BYTES")
+    tensor.set_data_from_numpy(np.array([["好".encode()], [b"\xe5\xa9"]], dtype=np.object_))
+    client = triton_http.InferenceServerClient(server.http_url)
+    with pytest.raises(InferenceServerException, match="text 2 of the request is not valid UTF-8"):
+        client.infer("seqcls", [tensor])
+    client.close()
     right()
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("text", [b"\xe5\xa9", "\ud800"])
+def test_the_client_refuses_what_is_no_utf8(server, protocol, text):
+    with pytest.raises(ClientError, match="text 2 of the request is not valid UTF-8"):
+        new_client(server, protocol).classify(["好", text])
 
 
 def test_clients_that_disconnect(server, right):
@@ -909,6 +926,50 @@ def test_sigterm_under_load(real_server, repository, expected, protocol):
         assert_same(answer, texts, expected)
 
 
+def test_sigterm_before_clients_that_go_on(real_server, repository):
+    """Whoever keeps asking on his connection is told that the server stops, and nothing else."""
+    answers, refusals, end = [], set(), threading.Event()
+    body = json_body()
+
+    def over_http():
+        connection = http.client.HTTPConnection(server.http_url, timeout=PATIENCE)
+        while not end.is_set():
+            try:
+                connection.request("POST", INFER, body)
+                reply = connection.getresponse()
+                text = reply.read()
+                if reply.status == 200:
+                    answers.append(reply.status)
+                else:
+                    refusals.add((reply.status, json.loads(text)["error"]))
+            except (OSError, http.client.HTTPException):
+                connection.close()  # the next request opens it again
+
+    def over_grpc():
+        while not end.is_set():
+            try:
+                answers.append(infer(server, packed("a"), channel=channel))
+            except grpc.RpcError as error:
+                refusals.add((error.code().name, error.details().split(":")[0]))
+
+    with triton_server.TritonServer(repository) as server:
+        with grpc.insecure_channel(server.grpc_url) as channel:
+            threads = [threading.Thread(target=f) for f in (over_http, over_grpc) * 3]
+            for thread in threads:
+                thread.start()
+            try:
+                wait_until(lambda: len(answers) > 50, server.log)
+                server.process.terminate()
+                assert server.process.wait(PATIENCE) == 0, server.log()
+            finally:
+                end.set()
+                for thread in threads:
+                    thread.join(PATIENCE)
+    stopping = "in ensemble 'seqcls', the server is stopping"
+    assert {(503, stopping), ("UNAVAILABLE", stopping)} <= refusals, refusals
+    assert {code for code, _ in refusals} == {503, "UNAVAILABLE"}, refusals
+
+
 def model_process(server, model):
     """The process of a model, or with None that of the server; None if there is none."""
     part = f" {model}_0_0 " if model else "bin/tritonserver --model-repository="
@@ -941,7 +1002,10 @@ def test_killed_process(real_server, repository, expected, model):
 
 
 def test_killed_serve_leaves_no_process(real_server, repository):
+    """Not even one that is stuck and cannot notice by itself that its server is gone."""
     with triton_server.TritonServer(repository) as server:
+        for model in serve.MODELS[1:]:
+            os.kill(model_process(server, model), signal.SIGSTOP)
         os.kill(server.process.pid, signal.SIGKILL)
         wait_until(lambda: server.processes() == {}, server.processes)
 
@@ -960,15 +1024,538 @@ def test_sigterm_while_it_starts(real_server, repository, monkeypatch):
         assert server.stop() == 0 and server.processes() == {}
 
 
-@pytest.mark.parametrize("cause", ["no program", "port taken"])
-def test_serve_errors(cause):
+SERVE_ERRORS = {  # flags of serve.py, its line on stderr
+    "no program": ([], "no-such-program: No such file or directory"),
+    "HTTP port taken": (
+        ["--http_port", "TAKEN"],
+        "cannot listen on 127.0.0.1:TAKEN: Address already in use",
+    ),
+    "metrics port taken": (
+        ["--metrics_port", "TAKEN"],
+        "cannot listen on 127.0.0.1:TAKEN: Address already in use",
+    ),
+    "one port twice": (
+        ["--grpc_port", "9", "--metrics_port", "9"],
+        "--grpc_port and --metrics_port are both 9; give different ports",
+    ),
+    "empty repository": (
+        ["--model_repository", "."],
+        "--model_repository .: seqcls/config.pbtxt is missing; make the folder with "
+        "make_repository.py",
+    ),
+    "short key": (
+        ["--admin_key", "secret"],
+        "--admin_key: give at least 16 letters, digits, - or _",
+    ),
+}
+
+
+@pytest.mark.parametrize("flags, message", SERVE_ERRORS.values(), ids=SERVE_ERRORS)
+def test_serve_errors(repository, tmp_path, flags, message):
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        flags = ["--address", "127.0.0.1", "--tritonserver", "no-such-program"]
-        ports = [port if cause == "port taken" else free_ports(1)[0], free_ports(1)[0]]
-        flags += ["--http_port", str(ports[0]), "--grpc_port", str(ports[1])]
-        command = [sys.executable, FOLDER / "serve.py", *flags]
-        run = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
-    message = {"no program": "no-such-program: No such file or directory"}
-    message["port taken"] = f"cannot listen on 127.0.0.1:{port}: Address already in use"
-    assert (run.returncode, run.stderr) == (2, f"error: {message[cause]}\n")
+        port = str(taken.getsockname()[1])
+        ports = map(str, free_ports(3))
+        names = ("--http_port", "--grpc_port", "--metrics_port")
+        free = [word for pair in zip(names, ports) for word in pair]
+        flags = [flag.replace("TAKEN", port) for flag in flags]
+        command = [sys.executable, FOLDER / "serve.py", "--model_repository", repository]
+        command += ["--tritonserver", "no-such-program", *free, *flags]
+        run = subprocess.run(
+            command, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE
+        )
+    assert (run.returncode, run.stderr) == (2, f"error: {message.replace('TAKEN', port)}\n")
+
+
+# A server that dies as often as it is told to before it answers, each time by another death.
+FAKE_SERVER = """#!{python}
+import http.server, json, os, pathlib, signal, sys
+starts = pathlib.Path({starts!r})
+with starts.open("a") as file:
+    file.write("x")
+if len(starts.read_text()) <= {deaths}:
+    os.kill(os.getpid(), signal.SIGSEGV)
+stats = dict(success=dict(count=0), fail=dict(count=0))
+models = [dict(name=n, inference_stats=stats) for n in ("seqcls_postprocess", "seqcls_model")]
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps(dict(model_stats=models)).encode())
+
+port = next(int(a.split("=")[1]) for a in sys.argv if a.startswith("--http-port="))
+http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
+"""
+
+
+@pytest.mark.parametrize("deaths", [1, 2, 3])
+def test_deaths_before_it_was_seen_ready(repository, tmp_path, deaths):
+    """One is no reason to give up: the server may have been ready between two looks."""
+    starts, program = tmp_path / "starts", tmp_path / "tritonserver"
+    fake = FAKE_SERVER.format(python=sys.executable, starts=str(starts), deaths=deaths)
+    program.write_text(fake, encoding="utf-8")
+    program.chmod(0o755)
+    http_port, grpc_port = map(str, free_ports(2))
+    command = [sys.executable, FOLDER / "serve.py", "--model_repository", repository]
+    command += ["--tritonserver", program, "--metrics_port", "0"]
+    command += ["--http_port", http_port, "--grpc_port", grpc_port]
+    log_file = tmp_path / "log.txt"
+    with open(log_file, "wb") as log:
+        process = subprocess.Popen(command, stderr=log)
+    try:
+        wait_until(
+            lambda: "ready; health" in log_file.read_text() or process.poll() is not None,
+            log_file.read_text,
+        )
+        process.terminate()
+        status, log = process.wait(PATIENCE), log_file.read_text()
+    finally:
+        process.kill()
+        process.wait()
+    last = "the server ended with exit status -11 before it was ready; see its messages above"
+    assert status == (2 if deaths == 3 else 0) and (last in log) == (deaths == 3), log
+    assert len(starts.read_text()) == min(deaths + 1, 3)
+    assert log.count("; restarting it") == min(deaths, 2)
+
+
+# ------------------------------------------------------------------ what the server does not do
+CLOSED = [  # (method, path) of APIs that a client does not need
+    ("POST", "/v2/repository/index"),
+    ("POST", "/v2/repository/models/seqcls/unload"),
+    ("GET", "/v2/systemsharedmemory/status"),
+    ("POST", "/v2/systemsharedmemory/region/x/register"),
+    ("GET", "/v2/cudasharedmemory/status"),
+    ("GET", "/v2/logging"),
+    ("POST", "/v2/logging"),
+    ("GET", "/v2/trace/setting"),
+    ("POST", "/v2/trace/setting"),
+]
+
+
+def ask(url, method, path, body=b"", headers=None):
+    """(status, content type, body) of one HTTP request on a connection of its own."""
+    connection = http.client.HTTPConnection(url, timeout=PATIENCE)
+    try:
+        connection.request(method, path, body, headers or {})
+        reply = connection.getresponse()
+        return reply.status, reply.getheader("Content-Type"), reply.read()
+    finally:
+        connection.close()
+
+
+@pytest.mark.parametrize("method, path", CLOSED)
+def test_closed_apis_over_http(server, right, method, path):
+    status, _, body = ask(server.http_url, method, path, b"{}")
+    assert status == 403 and b"This API is restricted" in body
+    right()
+
+
+def closed_calls(stub):
+    """Calls of gRPC methods that a client does not need."""
+    return [
+        (stub.RepositoryIndex, service_pb2.RepositoryIndexRequest()),
+        (stub.RepositoryModelUnload, service_pb2.RepositoryModelUnloadRequest(model_name="seqcls")),
+        (stub.SystemSharedMemoryStatus, service_pb2.SystemSharedMemoryStatusRequest()),
+        (stub.SystemSharedMemoryRegister, service_pb2.SystemSharedMemoryRegisterRequest()),
+        (stub.CudaSharedMemoryStatus, service_pb2.CudaSharedMemoryStatusRequest()),
+        (stub.LogSettings, service_pb2.LogSettingsRequest()),
+        (stub.TraceSetting, service_pb2.TraceSettingRequest()),
+    ]
+
+
+def test_closed_apis_over_grpc(server, right):
+    with grpc.insecure_channel(server.grpc_url) as channel:
+        for call, request in closed_calls(service_pb2_grpc.GRPCInferenceServiceStub(channel)):
+            with pytest.raises(grpc.RpcError, match="This protocol is restricted"):
+                call(request, timeout=PATIENCE)
+    right()
+
+
+def test_admin_key_and_addresses(real_server, repository):
+    """The key opens the APIs; without further flags only this machine's loopback is listened on."""
+    key, (metrics_port,) = "k" * 16, free_ports(1)
+    flags = ["--admin_key", key, "--metrics_port", metrics_port]
+    with triton_server.TritonServer(repository, flags) as server:
+        for path, headers in (("/v2/logging", {}), ("/v2/logging", {"seqcls-admin-key": "x" * 16})):
+            assert ask(server.http_url, "GET", path, headers=headers)[0] == 403
+        assert ask(server.http_url, "GET", path, headers={"seqcls-admin-key": key})[0] == 200
+        with grpc.insecure_channel(server.grpc_url) as channel:
+            stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+            header = [("triton-grpc-protocol-seqcls-admin-key", key)]
+            index = stub.RepositoryIndex(service_pb2.RepositoryIndexRequest(), metadata=header)
+            assert {model.name for model in index.models} == set(serve.MODELS)
+        assert b"nv_inference_count" in ask(f"127.0.0.1:{metrics_port}", "GET", "/metrics")[2]
+        for url in (server.http_url, server.grpc_url, f":{metrics_port}"):
+            with pytest.raises(ConnectionRefusedError):  # it would not be by 0.0.0.0
+                socket.create_connection(("127.0.0.2", int(url.split(":")[1])))
+
+
+# ------------------------------------------------------------------- requests that kill Triton 2.51
+def class_count_over_http(url):
+    tensor = json.loads(json_body())["inputs"][0]
+    outputs = [{"name": "label", "parameters": {"classification": 1}}]
+    return ask(url, "POST", INFER, json.dumps({"inputs": [tensor], "outputs": outputs}))
+
+
+def class_count_over_grpc(url):
+    output = service_pb2.ModelInferRequest.InferRequestedOutputTensor(name="label")
+    output.parameters["classification"].int64_param = 1
+    tensor = service_pb2.ModelInferRequest.InferInputTensor(
+        name="INPUT", datatype="BYTES", shape=[1, 1]
+    )
+    request = service_pb2.ModelInferRequest(
+        model_name="seqcls", inputs=[tensor], outputs=[output], raw_input_contents=[packed("a")]
+    )
+    with grpc.insecure_channel(url) as channel:
+        service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelInfer(request, timeout=PATIENCE)
+
+
+def nested_brackets(url):
+    nested = b"[" * 40_000 + b'"a"' + b"]" * 40_000
+    return ask(url, "POST", INFER, json_body(data=["X"]).replace(b'"X"', nested))
+
+
+def one_byte_chunks(url):
+    head = f"POST {INFER} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
+    return raw_request(url, head + b"1\r\n \r\n" * 1_000_000 + b"0\r\n\r\n")
+
+
+def raw_request(url, data):
+    """(status, content type, body) of what is sent as it is; reads the answer while it sends."""
+    with socket.create_connection(("127.0.0.1", int(url.split(":")[1])), PATIENCE) as connection:
+
+        def send():
+            with contextlib.suppress(OSError):  # the server has closed
+                connection.sendall(data)
+
+        sender = threading.Thread(target=send, daemon=True)
+        sender.start()
+        reply = http.client.HTTPResponse(connection)
+        try:
+            reply.begin()
+            return reply.status, reply.getheader("Content-Type"), reply.read()
+        finally:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+            sender.join(PATIENCE)
+
+
+KILLERS = [class_count_over_http, class_count_over_grpc, nested_brackets, one_byte_chunks]
+
+
+def test_requests_that_kill_the_server(real_server, repository, expected):
+    """As the README says of Triton 2.51: without a proxy they end it; serve.py starts it again."""
+    with triton_server.TritonServer(repository) as server:
+        for number, kill in enumerate(KILLERS, 1):
+            url = server.grpc_url if kill is class_count_over_grpc else server.http_url
+            with pytest.raises((OSError, http.client.HTTPException, grpc.RpcError)):
+                kill(url)
+            wait_until(lambda: server.log().count("serve.py: ready") == number + 1, server.log)
+            assert server.log().count("; restarting it") == number
+        assert_same(new_client(server).classify(TEXTS[:4]), TEXTS[:4], expected)
+
+
+# ------------------------------------------------------------- behind nginx, with nginx.conf
+@pytest.fixture(scope="module")
+def nginx():
+    """The program; skips, or fails under REQUIRE_SHARED, where it is not installed."""
+    program = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
+    if program is None:
+        why = "nginx is not installed (Debian: apt install nginx-light)"
+        if os.environ.get("REQUIRE_SHARED"):
+            pytest.fail(f"REQUIRE_SHARED is set and {why}")
+        pytest.skip(why)
+    return program
+
+
+@pytest.fixture(scope="module")
+def proxy(nginx, server):
+    with triton_server.Proxy(nginx, server.http_url) as proxy:
+        yield proxy
+
+
+@pytest.mark.parametrize("batch_size", [1, 32, 64])
+def test_dev_set_through_the_proxy(proxy, expected, batch_size):
+    client = Client(proxy.url, "http")
+    client.check_ready()
+    for texts in utils.chunks(TEXTS, batch_size):
+        assert_same(client.classify(texts), texts, expected)
+
+
+def request_json(data, outputs=None, **more):
+    """A request's body with every key in a place of its own."""
+    tensor = {"data": data, "datatype": "BYTES", "name": "INPUT", "shape": [len(data), 1]}
+    given = {} if outputs is None else {"outputs": outputs}
+    return json.dumps({**given, "inputs": [tensor], **more}, ensure_ascii=False).encode()
+
+
+GOOD_BODIES = {
+    "keys in another order": request_json(["婚后育有一子。", "a"]),
+    "rows of one": request_json([["婚后育有一子。"], ["a"]]),
+    "one output, an id": request_json(["a"], [{"name": "confidence"}], id="x-1"),
+    "JSON outputs": request_json(
+        ["a"], [{"name": n, "parameters": {"binary_data": False}} for n in ("label", "confidence")]
+    ),
+    "much white space": json.dumps(json.loads(request_json(["a"])), indent="\t\r\n ").encode(),
+    "brackets, quotes and keys in a text": request_json(['[[[[{"classification": 1}\\', "]]\\"]),
+    "64 texts of escapes": request_json(['\\"' * 3000] * 64),
+    "no text at all": request_json([""]),
+    "a character in two escapes": request_json(["X"]).replace(b"X", rb"\uD83D\uDE00\u5a5a"),
+}
+
+
+@pytest.mark.parametrize("body", GOOD_BODIES.values(), ids=GOOD_BODIES)
+def test_good_bodies_through_the_proxy(proxy, server, body):
+    """The same answer as without it."""
+    status, _, reply = ask(proxy.url, "POST", INFER, body)
+    assert status == 200 and reply == ask(server.http_url, "POST", INFER, body)[2]
+
+
+FORM = "the body is not a request of the form that the README of triton_serving shows"
+CLASSIFICATION = [{"name": "label", "parameters": {"classification": 1}}]
+BAD_FORMS = {
+    "classification": request_json(["a"], CLASSIFICATION),
+    "escaped key": request_json(["a"], CLASSIFICATION).replace(b"classif", rb"cl\u0061ssif"),
+    "classification beside binary_data": request_json(
+        ["a"], [{"name": "label", "parameters": {"binary_data": False, "classification": 1}}]
+    ),
+    "classification behind a closed string": request_json(["X"]).replace(
+        b'"X"', rb'"\\"], "outputs": [{"name": "label", "parameters": {"classification": 1}}'
+    ),
+    "parameters of the request": request_json(["a"], parameters={"priority": 1}),
+    "parameters of the input": request_json(["X"]).replace(
+        b'"INPUT"', b'"INPUT", "parameters": {"shared_memory_region": "x"}'
+    ),
+    "class_count": request_json(["a"], [{"name": "label", "class_count": 1}]),
+    "40 000 brackets": request_json(["X"]).replace(b'"X"', b"[" * 40_000 + b"]" * 40_000),
+    "40 000 open brackets": b"[" * 40_000,
+    "40 000 open braces": b'{"inputs":' * 40_000,
+    "brackets with values between": request_json(["X"]).replace(b'"X"', b'["a",' * 9_000),
+    "brackets in the shape": request_json(["a"]).replace(b"[1, 1]", b"[" * 9_000),
+    "brackets in the id": request_json(["a"], id="X").replace(b'"X"', b"[" * 9_000),
+    "3 outputs": request_json(["a"], [{"name": "label"}] * 3),
+    "2 inputs": request_json(["a"]).replace(b"}]", b'}, {"name": "INPUT"}]'),
+    "another output": request_json(["a"], [{"name": "logits"}]),
+    "long shape": request_json(["a"]).replace(b"[1, 1]", b"[1, 1, 1]"),
+    "large shape": request_json(["a"]).replace(b"[1, 1]", b"[9999999999, 1]"),
+    "negative shape": request_json(["a"]).replace(b"[1, 1]", b"[-1, 1]"),
+    "numbers": request_json([1]),
+    "something behind it": request_json(["a"]) + b"{}",
+    "a comment": b"/**/" + request_json(["a"]),
+    "a byte order mark": "\ufeff".encode() + request_json(["a"]),
+    "UTF-16": request_json(["a"]).decode().encode("utf-16"),
+    "an escape that JSON lacks": request_json(["X"]).replace(b"X", rb"\x41"),
+    "half a character": request_json(["X"]).replace(b"X", rb"\ud83d\u0041"),
+    "a line end in a text": request_json(["X"]).replace(b"X", b"\n"),
+    "cut": request_json(["a"])[:-1],
+    "nothing": b"",
+    "noise": random.Random(SEED).randbytes(500_000),
+    "binary form": packed("a"),
+    "a string without end": b'{"inputs": "' + b"\\" * 900_001,
+}
+
+
+@pytest.mark.parametrize("body", BAD_FORMS.values(), ids=BAD_FORMS)
+def test_bodies_that_the_proxy_refuses(proxy, right, body):
+    status, kind, reply = ask(proxy.url, "POST", INFER, body)
+    assert (status, kind, json.loads(reply)) == (400, "application/json", {"error": FORM})
+    right()
+
+
+HEAD = f"POST {INFER} HTTP/1.1\r\nHost: x\r\n"
+RAW_REQUESTS = {  # bytes as they are, status, error
+    "1 000 000 one-byte chunks": (
+        HEAD.encode() + b"Transfer-Encoding: chunked\r\n\r\n" + b"1\r\n \r\n" * 1_000_000,
+        411,
+        "send Content-Length, no Transfer-Encoding",
+    ),
+    "two lengths": (
+        f"{HEAD}Content-Length: 5\r\nContent-Length: 6\r\n\r\nhello".encode(),
+        400,
+        "malformed HTTP request",
+    ),
+    "length and chunks": (
+        f"{HEAD}Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n".encode(),
+        400,
+        "malformed HTTP request",
+    ),
+    "negative length": (
+        f"{HEAD}Content-Length: -1\r\n\r\n".encode(),
+        400,
+        "malformed HTTP request",
+    ),
+    "no HTTP": (b"\x16\x03\x01\x02\x00\x01\r\n\r\n", 400, "malformed HTTP request"),
+    "a head without end": (
+        f"{HEAD}X: {'a' * 50_000}\r\n\r\n".encode(),
+        431,
+        "the request line or header is too long",
+    ),
+    "a long path": (
+        f"GET /{'a' * 50_000} HTTP/1.1\r\n\r\n".encode(),
+        431,
+        "the request line or header is too long",
+    ),
+}
+
+
+@pytest.mark.parametrize("data, status, error", RAW_REQUESTS.values(), ids=RAW_REQUESTS)
+def test_broken_http_at_the_proxy(proxy, right, data, status, error):
+    assert raw_request(proxy.url, data) == (
+        status,
+        "application/json",
+        json.dumps({"error": error}).encode(),
+    )
+    right()
+
+
+REQUESTS = {  # method, path, body, headers, status, error
+    "2 MB": ("POST", INFER, request_json(["a" * 2_000_000]), {}, 413, "1 MB; send fewer texts"),
+    "compressed": ("POST", INFER, b"x", {"Content-Encoding": "gzip"}, 415, "Content-Encoding"),
+    "binary": (
+        "POST",
+        INFER,
+        request_json(["a"]),
+        {"Inference-Header-Content-Length": "9"},
+        415,
+        "send the texts as JSON, without binary data",
+    ),
+    "a forged verdict": ("POST", INFER, b"{}", {"Body-Is-Right": "yes"}, 400, FORM),
+    "GET": ("GET", INFER, b"", {}, 405, "use POST"),
+    "POST to health": ("POST", "/v2/health/ready", b"", {}, 405, "use GET"),
+    "another model": ("POST", "/v2/models/tokenizer/infer", b"{}", {}, 404, "not found"),
+    "a version": ("POST", "/v2/models/seqcls/versions/1/infer", b"{}", {}, 404, "not found"),
+    "generate": ("POST", "/v2/models/seqcls/generate", b"{}", {}, 404, "not found"),
+    "statistics": ("GET", "/v2/models/stats", b"", {}, 404, "not found"),
+    "root": ("GET", "/", b"", {}, 404, "not found"),
+    "a way round": ("GET", "/v2/health/ready/../../models/stats", b"", {}, 404, "not found"),
+    "an encoded way round": ("GET", "/v2/health/ready%2f..%2f..%2flogging", b"", {}, 404, "not"),
+    **{f"{m} {p}": (m, p, b"{}", {}, 404, "not found") for m, p in CLOSED},
+}
+
+
+@pytest.mark.parametrize(
+    "method, path, body, headers, status, error", REQUESTS.values(), ids=REQUESTS
+)
+def test_requests_that_the_proxy_refuses(proxy, right, method, path, body, headers, status, error):
+    found, kind, reply = ask(proxy.url, method, path, body, headers)
+    assert (found, kind) == (status, "application/json") and error in json.loads(reply)["error"]
+    right()
+
+
+@pytest.mark.parametrize("path", ["/v2/health/live", "/v2/health/ready", "/v2/models/seqcls/ready"])
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_health_through_the_proxy(proxy, method, path):
+    assert ask(proxy.url, method, path)[0] == 200
+    assert ask(proxy.url, method, f"{path}?x=1", b"x" * 100)[0] == 200
+
+
+def test_triton_answers_for_what_has_the_form(proxy, right):
+    """The proxy does not repeat the server's checks of numbers and lengths."""
+    for body, message in (
+        (request_json(["a"] * 65), "must be <= 64"),
+        (request_json(["a"]).replace(b"[1, 1]", b"[3, 1]"), "expected 3 string elements"),
+        (request_json(["a" * (LIMIT + 1)]), f"the limit is {LIMIT}"),
+    ):
+        status, _, reply = ask(proxy.url, "POST", INFER, body)
+        assert status == 400 and message in json.loads(reply)["error"]
+    right()
+
+
+def test_fuzz_through_the_proxy(proxy, server, right, expected):
+    """1000 hostile requests, good ones among them: no death, no wrong answer."""
+    rng, before = random.Random(SEED), server.log()
+    client, hostile = Client(proxy.url, "http"), [*BAD_FORMS.values(), *GOOD_BODIES.values()]
+    statuses = set()
+    for i in range(1000):
+        path, body, headers = random_body(rng)
+        if i % 3 == 0:  # a known one with some bytes changed
+            body = bytearray(rng.choice(hostile)[:20_000] or b"x")
+            for _ in range(rng.randrange(4)):
+                body[rng.randrange(len(body))] = rng.randrange(256)
+            path, body, headers = INFER, bytes(body), {}
+        statuses.add(ask(proxy.url, "POST", path, body, headers)[0])
+        if i % 20 == 0:
+            texts = [TEXTS[(i + k) % len(TEXTS)] for k in range(1 + i % 5)]
+            assert_same(client.classify(texts), texts, expected)
+    assert statuses <= {200, 400, 404, 415} and {200, 400, 404} <= statuses
+    assert server.log() == before  # Triton has met nothing that it would log
+    right()
+
+
+def test_slow_clients_at_the_proxy(proxy, right):
+    """300 that do not finish their head or their body: everyone else is served meanwhile."""
+    port = int(proxy.url.split(":")[1])
+    starts = [f"{HEAD}Content-Length: 100\r\n\r\n".encode() + b"{", HEAD.encode()[:20]]
+    with contextlib.ExitStack() as stack:
+        slow = []
+        for i in range(300):
+            connection = socket.create_connection(("127.0.0.1", port), PATIENCE)
+            stack.enter_context(connection)
+            # Bodies of at most half of the requests that one address may have at once.
+            connection.sendall(starts[0 if i < 32 else 1])
+            slow.append(connection)
+        assert ask(proxy.url, "GET", "/v2/health/ready")[0] == 200
+        assert len(Client(proxy.url, "http").classify(TEXTS[:4])) == 4
+        for connection in slow:  # in the end each gets an answer or is cut off
+            with contextlib.suppress(ConnectionResetError):
+                reply = connection.recv(1000)
+                assert reply == b"" or b"408" in reply.split(b"\r\n")[0]
+    right()
+
+
+def test_too_many_requests_at_the_proxy(proxy, right):
+    """The 65th body that one address sends at the same time gets 503; health checks go on."""
+    port = int(proxy.url.split(":")[1])
+    with contextlib.ExitStack() as stack:
+        for _ in range(64):
+            connection = socket.create_connection(("127.0.0.1", port), PATIENCE)
+            stack.enter_context(connection)
+            connection.sendall(f"{HEAD}Content-Length: 100\r\n\r\n".encode() + b"{")
+
+        def refused():
+            return ask(proxy.url, "POST", INFER, request_json(["a"]))[0::2]
+
+        full = wait_until(lambda: (r := refused())[0] == 503 and r, lambda: "never full")
+        assert json.loads(full[1]) == {"error": "too many requests at once; retry later"}
+        assert ask(proxy.url, "GET", "/v2/health/ready")[0] == 200
+    wait_until(lambda: refused()[0] == 200, lambda: "the places are not given back")
+    right()
+
+
+def test_sigterm_behind_the_proxy(nginx, real_server, repository, expected):
+    """Clients on connections that stay open get a right answer or 503, nothing else."""
+    answers, refusals, end = [], set(), threading.Event()
+    texts = TEXTS[:8]
+    body = request_json(texts)
+
+    def go_on():
+        connection = http.client.HTTPConnection(proxy.url, timeout=PATIENCE)
+        while not end.is_set():
+            connection.request("POST", INFER, body)
+            reply = connection.getresponse()
+            text = reply.read()
+            if reply.status == 200:
+                answers.append(text)
+            else:
+                refusals.add((reply.status, json.loads(text)["error"]))
+
+    with (
+        triton_server.TritonServer(repository) as server,
+        triton_server.Proxy(nginx, server.http_url) as proxy,
+        futures.ThreadPoolExecutor(8) as pool,
+    ):
+        clients = [pool.submit(go_on) for _ in range(8)]
+        try:
+            wait_until(lambda: len(answers) > 50, server.log)
+            assert server.stop() == 0
+            assert ask(proxy.url, "GET", "/v2/health/ready")[0] == 503
+        finally:
+            end.set()
+        for client in clients:
+            client.result(PATIENCE)
+    stopping = "in ensemble 'seqcls', the server is stopping"
+    gone = "the server is not available; retry later"
+    assert (503, stopping) in refusals and refusals <= {(503, stopping), (503, gone)}
+    names = json.loads(answers[0])["outputs"][0]["data"]
+    assert [n for n in names if n] == [n for text in texts for n in expected[text][0]]
+    assert len(set(answers)) == 1

@@ -1,19 +1,15 @@
 """Starts a real tritonserver (PyPI package nvidia-pytriton) on free ports of this machine only.
 
-    with TritonServer(model_repository) as server:
-        ...  # server.grpc_url, server.http_url
-
-The package has no onnxruntime backend; triton_onnxruntime.py stands in for it.
+with TritonServer(model_repository) as server:
+    ...  # server.grpc_url, server.http_url
 """
 
-import importlib.util
 import os
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import time
 import urllib.request
@@ -21,13 +17,8 @@ from pathlib import Path
 
 PATIENCE = 300  # seconds; a test that waits longer has failed, however busy the machine is
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # whatever http_proxy says
-SERVE = Path(__file__).resolve().parent.parent / "deploy" / "triton_serving" / "serve.py"
-
-
-def package_folder():
-    """The folder of the server in nvidia-pytriton; None if the package is not installed."""
-    spec = importlib.util.find_spec("pytriton")
-    return Path(spec.origin).parent / "tritonserver" if spec else None
+REPO = Path(__file__).resolve().parent.parent
+LOCAL_SERVER = REPO / "deploy" / "triton_serving" / "local_server.py"
 
 
 def free_ports(count):
@@ -50,38 +41,26 @@ def wait_until(condition, what):
 
 
 class TritonServer:
-    """A running server, started by deploy/triton_serving/serve.py as in production.
+    """A running server, started by deploy/triton_serving/local_server.py as a user does.
 
-    serve_flags: more flags of serve.py. Raises RuntimeError with the log's end if it doesn't start.
+    flags: more flags of serve.py. Raises RuntimeError with the log's end if it doesn't start.
     """
 
-    def __init__(self, repository, serve_flags=()):
+    def __init__(self, repository, flags=()):
         self.folder = Path(tempfile.mkdtemp(prefix="triton_"))
         self.log_file = self.folder / "log.txt"
         http_port, grpc_port = free_ports(2)
         self.http_url, self.grpc_url = f"127.0.0.1:{http_port}", f"127.0.0.1:{grpc_port}"
-        package = package_folder()
-        command = [sys.executable, SERVE, "--tritonserver", package / "bin" / "tritonserver"]
-        command += ["--model_repository", repository, "--address", "127.0.0.1"]
-        command += ["--http_port", http_port, "--grpc_port", grpc_port, *serve_flags, "--"]
-        command += [f"--backend-directory={self._backends(package)}", "--allow-metrics=false"]
-        # The stub processes need this Python's library; without it the start hangs.
-        libraries = [
-            package.parent.parent / "nvidia_pytriton.libs",
-            sysconfig.get_config_var("LIBDIR"),
-        ]
-        environment = {
-            **os.environ,
-            "LD_LIBRARY_PATH": ":".join(map(str, libraries)),
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        }
+        command = [sys.executable, LOCAL_SERVER, "--model_repository", repository]
+        command += ["--http_port", http_port, "--grpc_port", grpc_port, "--metrics_port", 0, *flags]
         with open(self.log_file, "wb") as log:
             self.process = subprocess.Popen(
                 list(map(str, command)),
                 stdout=log,
                 stderr=log,
-                env=environment,
-                cwd=self.folder,  # in the project's, its model.py would be the stand-in's module
+                # Its temporary folders come to ours, by which processes() finds what it started.
+                env={**os.environ, "TMPDIR": str(self.folder)},
+                cwd=REPO,  # whose model.py must not be taken for a backend
                 start_new_session=True,
             )
         try:
@@ -89,17 +68,6 @@ class TritonServer:
         except BaseException:
             self.kill()
             raise
-
-    def _backends(self, package):
-        folder = self.folder / "backends"
-        shutil.copytree(package / "backends" / "python", folder / "python")
-        version = f"{sys.version_info.major}.{sys.version_info.minor}"
-        stub = package / "python_backend_stubs" / version / "triton_python_backend_stub"
-        shutil.copy(stub, folder / "python")
-        (folder / "onnxruntime").mkdir()
-        stand_in = Path(__file__).with_name("triton_onnxruntime.py")
-        shutil.copy(stand_in, folder / "onnxruntime" / "model.py")
-        return folder
 
     def ready(self):
         """What /v2/health/ready says; False also if nobody answers."""
@@ -157,3 +125,58 @@ class TritonServer:
             self.stop()
         finally:
             self.kill()
+
+
+class Proxy:
+    """The real nginx with deploy/triton_serving/nginx.conf in front of a server, on free ports.
+
+    A foreground process with a folder of its own. Raises RuntimeError if it doesn't start.
+    """
+
+    def __init__(self, program, triton_url):
+        port, inner_port = free_ports(2)
+        self.url = f"127.0.0.1:{port}"
+        self.folder = Path(tempfile.mkdtemp(prefix="nginx_"))
+        text = (REPO / "deploy" / "triton_serving" / "nginx.conf").read_text(encoding="utf-8")
+        for old, new in (
+            ("server 127.0.0.1:8000;", f"server {triton_url};"),
+            ("listen 8080;", f"listen {self.url};"),
+            ("127.0.0.1:8081", f"127.0.0.1:{inner_port}"),
+            ("/tmp/", f"{self.folder}/"),
+            ("/dev/stderr", f"{self.folder}/access.log"),
+        ):
+            assert old in text, old
+            text = text.replace(old, new)
+        (self.folder / "nginx.conf").write_text(text, encoding="utf-8")
+        command = [program, "-p", self.folder, "-c", self.folder / "nginx.conf"]
+        self.log_file = self.folder / "log.txt"
+        with open(self.log_file, "wb") as log:
+            self.process = subprocess.Popen([*command, "-g", "daemon off;"], stderr=log)
+        try:
+            wait_until(self._listens, self.log)
+        except BaseException:
+            self.stop()
+            raise
+
+    def _listens(self):
+        if self.process.poll() is not None:
+            raise RuntimeError(f"nginx did not start:\n{self.log()}")
+        try:
+            socket.create_connection(("127.0.0.1", int(self.url.split(":")[1]))).close()
+        except OSError:
+            return False
+        return True
+
+    def log(self):
+        return self.log_file.read_text(encoding="utf-8", errors="replace")
+
+    def stop(self):
+        self.process.terminate()
+        self.process.wait(PATIENCE)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.stop()

@@ -89,6 +89,17 @@ def read_texts(path):
         raise ClientError(f"{path}: empty file; write one text per line")
 
 
+def as_bytes(number, text):
+    """The text as UTF-8 bytes. Raises ClientError if it is not valid."""
+    try:
+        if isinstance(text, str):
+            return text.encode("utf-8")
+        text.decode("utf-8")
+    except UnicodeError as error:
+        raise ClientError(f"text {number} of the request is not valid UTF-8 ({error})") from error
+    return text
+
+
 class Client:
     """Texts to labels with the ensemble of a Triton server.
 
@@ -103,11 +114,13 @@ class Client:
         if protocol == "grpc":
             self.client = self.library.InferenceServerClient(url)
             self.short, self.long = ({"client_timeout": t} for t in (connect_timeout, timeout))
+            self.form = {}
         else:
             self.client = self.library.InferenceServerClient(
                 url, connection_timeout=connect_timeout, network_timeout=timeout
             )
             self.short = self.long = {}
+            self.form = {"binary_data": False}  # JSON, which nginx.conf lets through
 
     def close(self):
         self.client.close()
@@ -121,17 +134,22 @@ class Client:
 
     def classify(self, texts):
         """[(label names, probabilities)] of up to 64 texts (str or UTF-8 bytes), in their order."""
-        raw = [text.encode("utf-8") if isinstance(text, str) else text for text in texts]
+        raw = [as_bytes(number, text) for number, text in enumerate(texts, 1)]
         array = np.array(raw, dtype=np.object_).reshape(-1, 1)
         text_input = self.library.InferInput("INPUT", array.shape, "BYTES")
-        text_input.set_data_from_numpy(array)
-        outputs = [self.library.InferRequestedOutput(name) for name in ("label", "confidence")]
+        text_input.set_data_from_numpy(array, **self.form)
+        outputs = [
+            self.library.InferRequestedOutput(name, **self.form) for name in ("label", "confidence")
+        ]
         reply = self._call(
             self.client.infer, self.model_name, [text_input], outputs=outputs, **self.long
         )
         # A row is filled up with "" after its labels; a text without labels is all "".
         return [
-            ([name.decode("utf-8") for name in names if name], scores[names != b""].tolist())
+            (
+                [name if isinstance(name, str) else name.decode("utf-8") for name in names if name],
+                scores[names.astype(bool)].tolist(),
+            )
             for names, scores in zip(reply.as_numpy("label"), reply.as_numpy("confidence"))
         ]
 

@@ -1,8 +1,8 @@
-"""Stand-in for Triton's onnxruntime backend, which the server's PyPI package does not carry.
+"""Stand-in for Triton's onnxruntime backend, which the PyPI package nvidia-pytriton does not carry.
 
-It is a Python-based backend: the server loads it for every model whose config.pbtxt says
-`platform: "onnxruntime_onnx"` and gives it that model's unchanged folder. Like the real one it runs
-the requests of one dynamic batch as one ONNX Runtime call.
+local_server.py installs it. It is a Python-based backend: the server loads it for every model whose
+config.pbtxt says `platform: "onnxruntime_onnx"` and gives it that model's unchanged folder. Like
+the real one it runs the requests of one dynamic batch as one ONNX Runtime call.
 """
 
 import json
