@@ -9,33 +9,10 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-NAME = "seq_cls"  # of the service
+from seq_cls import BAD_REQUEST, BUSY, NAME, NOT_READY
+
 USAGE = f"use POST /{NAME}/prediction or GET /{NAME}/ready"
-BAD_REQUEST, BUSY, NOT_READY = 51, 52, 53  # err_no; 51 to 99 are the application's
 MAX_DISCARDED = 1 << 24  # bytes of a body that is too large
-
-
-def parse_texts(value, limits):
-    """The texts of a request's JSON: one string or a list of strings. Raises ValueError."""
-    try:
-        texts = json.loads(value)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"sentence is not JSON ({error}); send a string or a list") from error
-    texts = [texts] if isinstance(texts, str) else texts
-    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise ValueError("sentence must be a JSON string or a list of strings")
-    if not texts:
-        raise ValueError("sentence is an empty list; send at least one text")
-    if len(texts) > limits["max_texts"]:
-        raise ValueError(f"{len(texts)} texts; send at most {limits['max_texts']} in one request")
-    for i, text in enumerate(texts):
-        try:
-            size = len(text.encode("utf-8"))
-        except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
-            raise ValueError(f"text {i}: invalid Unicode (lone surrogate)") from error
-        if size > limits["max_text_bytes"]:
-            raise ValueError(f"text {i} has {size} bytes; at most {limits['max_text_bytes']}")
-    return texts
 
 
 class HttpServer(ThreadingHTTPServer):
