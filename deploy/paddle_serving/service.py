@@ -17,7 +17,7 @@ from concurrent import futures
 from pathlib import Path
 
 import yaml
-from http_front import HttpServer
+from http_front import READY, make_front
 from seq_cls import NAME, make_servicer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from supervisor import POLL, Server, check_platform, check_port, keep_running
 
 import utils
-from utils import UserError
+from utils import UserError, logger
 
 # What config.yml must hold, and what it may hold besides.
 SETTINGS = ["rpc_host", "rpc_port", "http_host", "http_port", "limits", "op"]
@@ -66,7 +66,7 @@ def main(argv=None):
     seconds = config["limits"]["drain_seconds"] + 10
 
     def start():
-        return Server(command, address, f"/{NAME}/ready", seconds)
+        return Server(command, address, READY, seconds)
 
     sys.exit(keep_running(start, MAX_FAILED_STARTS))
 
@@ -166,12 +166,17 @@ def redirect_output(path):
 def worker(config):
     """Serves until SIGTERM, then answers what was accepted."""
     redirect_output(log_file(config))
+    logger.setLevel(logging.WARNING)  # the parent tells of the start and the stop
     servicer = make_servicer(config)
     import grpc
     from paddle_serving_server.pipeline.proto import pipeline_service_pb2_grpc
 
-    signals, limits = [], config["limits"]
-    signal.signal(signal.SIGTERM, lambda *_: signals.append(True))  # after Paddle has set its own
+    limits, front = config["limits"], make_front(servicer, config["limits"])
+
+    def stop(*_):
+        front.stopping = True
+
+    signal.signal(signal.SIGTERM, stop)  # in place of Paddle's; the front sets its own later
     rpc = grpc.server(
         # More than max_requests, so that `ready` has a thread while all others are busy.
         futures.ThreadPoolExecutor(limits["max_requests"] + 4),
@@ -182,17 +187,20 @@ def worker(config):
     )
     pipeline_service_pb2_grpc.add_PipelineServiceServicer_to_server(servicer, rpc)
     rpc.add_insecure_port(f"{config['rpc_host']}:{config['rpc_port']}")
-    http = HttpServer(config, servicer)
     rpc.start()
-    threading.Thread(target=http.serve_forever, args=(0.1,), daemon=True).start()
-    while servicer.alive() and not signals:
-        time.sleep(POLL)
-    lost = not servicer.alive()
-    end = rpc.stop(limits["drain_seconds"])
-    http.drain(limits["drain_seconds"])
-    end.wait()
+
+    def watch():
+        while servicer.alive() and not front.stopping:
+            time.sleep(POLL)
+        stop()
+        rpc.stop(limits["drain_seconds"]).wait()
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    status = front.run(config["http_host"], config["http_port"])
+    watcher.join()
     logging.shutdown()
-    os._exit(1 if lost else 0)  # Paddle Serving's threads would go on
+    os._exit(status if servicer.alive() else 1)  # Paddle Serving's threads would go on
 
 
 if __name__ == "__main__":
