@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -232,8 +233,8 @@ def test_decision_rule_of_the_bundle(model, own_server, limited):
 
 
 # ---------------------------------------------------------------------------------------- merging
-@pytest.mark.parametrize("few_shapes", [True, False])
-def test_texts_of_like_length_run_together(few_shapes):
+@pytest.mark.parametrize("capacity", [None, 0, 4, 8])
+def test_texts_of_like_length_run_together(capacity):
     """In any order, with [PAD] inside a text, up to the last position of the model."""
     rng, shapes = np.random.default_rng(3), []
 
@@ -242,18 +243,18 @@ def test_texts_of_like_length_run_together(few_shapes):
         shapes.append(input_ids.shape)
         return np.stack([input_ids.sum(axis=1), input_ids.max(axis=1)], axis=1)
 
-    lengths = rng.integers(2, 41, size=70)
-    sequences = [rng.integers(0, 99, size=n) for n in lengths]
+    sequences = [rng.integers(0, 99, size=n) for n in rng.integers(2, 61, size=90)]
     for ids in sequences:
         ids[-1] = 2  # [SEP]
-    run = seq_cls.by_length(forward, 40, few_shapes)
-    results = run(**utils.pad(sequences))
+    info = types.SimpleNamespace(max_seq_length=60, max_position=60)
+    flags = {} if capacity is None else seq_cls.few_shapes(capacity, info)
+    results = seq_cls.by_length(forward, **flags)(**utils.pad(sequences))
     np.testing.assert_array_equal(results, [[ids.sum(), ids.max()] for ids in sequences])
-    if few_shapes:
-        assert {size for size, _ in shapes} <= {1, 4, 16}
-        assert {length for _, length in shapes} == {16, 32, 40}
+    lengths = {None: None, 0: {16, 32, 48, 60}, 4: {32, 60}, 8: {16, 32, 48, 60}}[capacity]
+    if lengths:
+        assert {size for size, _ in shapes} <= {1, 8} and {n for _, n in shapes} == lengths
     else:
-        assert len(shapes) <= 6 and sum(size for size, _ in shapes) == 70
+        assert len(shapes) <= 8 and max(size for size, _ in shapes) > 8
 
 
 @pytest.mark.parametrize("engine", ["paddle", "onnxruntime"])

@@ -25,9 +25,8 @@ NAME = "seq_cls"  # of the service
 PREFIX = "float32"
 BAD_REQUEST, BUSY, NOT_READY, FAILED = 51, 52, 53, 54  # err_no; 51 to 99 are the application's
 LENGTH_STEP = 16  # tokens; texts of one step are of like length
-# oneDNN compiles for each shape and keeps a copy of the model's weights with it: so few shapes.
-ONEDNN_SIZES = 16, 4, 1
-SIZES = (32,)  # without oneDNN: at most so many texts in a batch
+SIZES = (32,)  # at most so many texts in a batch
+ONEDNN_SIZES = 8, 1  # see few_shapes
 
 
 def parse_texts(value, limits):
@@ -54,33 +53,41 @@ def parse_texts(value, limits):
 
 
 # --------------------------------------------------------------------------------------- forward
-def by_length(forward, longest, few_shapes):
+def by_length(forward, step=LENGTH_STEP, sizes=SIZES, longest=None):
     """A forward (see utils.run_batches) that calls `forward` for texts of like length only.
 
-    longest: positions of the model. few_shapes: see ONEDNN_SIZES; lengths are then multiples of
-    LENGTH_STEP, filled up with [PAD] = 0, which the model masks.
+    step: tokens by which they may differ. sizes: of the batches; the last is the smallest. longest:
+    positions of the model; if given, lengths are filled up to a multiple of `step` with [PAD] = 0,
+    which the model masks, and sizes are kept to.
     """
-    sizes = ONEDNN_SIZES if few_shapes else SIZES
 
     def run(input_ids, token_type_ids):
         width = input_ids.shape[1]
         lengths = width - (input_ids[:, ::-1] != 0).argmax(axis=1)  # the last token is [SEP]
-        steps, parts, logits = -(-lengths // LENGTH_STEP), [], []
-        for step in np.unique(steps):
-            rows = np.flatnonzero(steps == step)
+        steps, parts, logits = -(-lengths // step), [], []
+        for number in np.unique(steps):
+            rows = np.flatnonzero(steps == number)
             while len(rows):
                 size = next((size for size in sizes if size <= len(rows)), len(rows))
                 part, rows = rows[:size], rows[size:]
                 length = lengths[part].max()
                 ids = input_ids[part, :length]
-                if few_shapes:
-                    length = min(step * LENGTH_STEP, longest)
+                if longest:
+                    length = min(number * step, longest)
                     ids = np.pad(ids, ((0, 0), (0, length - ids.shape[1])))
                 parts.append(part)
                 logits.append(forward(input_ids=ids, token_type_ids=np.zeros_like(ids)))
         return np.concatenate(logits)[np.argsort(np.concatenate(parts))]
 
     return run
+
+
+def few_shapes(capacity, info):
+    """Arguments of by_length for oneDNN, which compiles for each shape and keeps a copy of the
+    model's weights with it: no more shapes than its cache may hold (0: any number)."""
+    lengths = max(1, capacity // len(ONEDNN_SIZES)) if capacity else info.max_seq_length
+    step = LENGTH_STEP * -(-info.max_seq_length // (lengths * LENGTH_STEP))
+    return {"step": step, "sizes": ONEDNN_SIZES, "longest": info.max_position}
 
 
 def paddle_forward(client, concurrency):
@@ -160,7 +167,6 @@ def make_servicer(config):
 
         if not paddle.is_compiled_with_cuda():  # it would use CPUs
             raise UserError("device_type 1: this PaddlePaddle has no GPU support")
-    few_shapes = settings["device_type"] == 0 and settings.get("use_mkldnn") and not use_onnx
 
     class Request(pipeline.RequestOp):
         """Accepts `sentence` only. The library's own also unpickles byte tensors of any client."""
@@ -187,13 +193,16 @@ def make_servicer(config):
             return self.local_predictor  # or what stands in for it
 
         def init_op(self):
+            shapes = {}
             if use_onnx:
                 import predictor
 
                 forward = predictor.onnx_forward(self.client)
             else:
                 forward = paddle_forward(self.client, concurrency)
-            forward = by_length(forward, info.max_position, few_shapes)
+                if settings["use_mkldnn"] and settings["device_type"] == 0:
+                    shapes = few_shapes(settings["mkldnn_cache_capacity"], info)
+            forward = by_length(forward, **shapes)
             # One batch, whatever was merged: by_length makes smaller ones of it.
             most = limits["max_texts"] + self._batch_size
             self.labeller = utils.Labeller(forward, tokenizer, info, most)
