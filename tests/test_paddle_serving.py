@@ -33,7 +33,6 @@ needs_package("paddle_serving_app")
 import convert  # noqa: E402
 import grpc  # noqa: E402
 import http_client  # noqa: E402
-import predictor  # noqa: E402
 import rpc_client  # noqa: E402
 import seq_cls  # noqa: E402
 import service  # noqa: E402
@@ -112,7 +111,6 @@ class Server:
 def model(bundle, tmp_path_factory):
     """A folder with the models of convert.py for both engines."""
     folder = tmp_path_factory.mktemp("paddle_serving")
-    predictor.open_session(bundle / "float32")  # makes model.onnx if it is not there
     convert.main(
         ["--dirname", str(bundle), "--serving_server", str(folder / "serving_server")]
         + ["--serving_client", str(folder / "serving_client")]
