@@ -26,7 +26,7 @@ PREFIX = "float32"
 BAD_REQUEST, BUSY, NOT_READY, FAILED = 51, 52, 53, 54  # err_no; 51 to 99 are the application's
 LENGTH_STEP = 16  # tokens; texts of one step are of like length
 SIZES = (32,)  # at most so many texts in a batch
-ONEDNN_SIZES = 8, 1  # see few_shapes
+ONEDNN_SIZES = 4, 1  # see few_shapes
 
 
 def parse_texts(value, limits):
@@ -211,8 +211,9 @@ def make_servicer(config):
             """The library's own waits for more requests, and does not count their texts."""
             while True:
                 batch = [input_channel.front(op_name)]
+                share = -(-(1 + input_channel.qsize()) // concurrency)  # the rest is for the others
                 with contextlib.suppress(ChannelTimeoutError):
-                    while sum(map(self.num_texts, batch)) < batch_size:
+                    while len(batch) < share and sum(map(self.num_texts, batch)) < batch_size:
                         batch.append(input_channel.front(op_name, 1e-9))  # 0 would wait
                 yield batch
 
@@ -247,9 +248,8 @@ def make_servicer(config):
 
         def postprocess(self, input_data, fetch_data, data_id=0, log_id=0):
             answers = fetch_data["answers"]
-            for answer in answers:
-                if isinstance(answer, str):
-                    return {}, FAILED, answer
+            if failed := [answer for answer in answers if isinstance(answer, str)]:
+                return {}, FAILED, failed[0]
             reply = zip(("label", "score"), zip(*answers))
             return {k: json.dumps(v, ensure_ascii=False) for k, v in reply}, None, ""
 
@@ -287,7 +287,6 @@ def make_servicer(config):
             logger.error("request %s failed (error %d): %s", who, answer.err_no, reason)
             return error(FAILED, "the prediction failed; the server's log has the reason")
 
-    session = onnx_session(folder, settings) if use_onnx else None
     op = SeqCls(name=NAME, input_ops=[Request()])
     server = PipelineServer(NAME)
     server.set_response_op(pipeline.ResponseOp(input_ops=[op]))
@@ -296,5 +295,6 @@ def make_servicer(config):
     except (SystemExit, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"config: {error}") from error
     if use_onnx:  # in place of the handler that loads a LocalPredictor
+        session = onnx_session(folder, settings)
         op._local_service_handler = types.SimpleNamespace(get_client=lambda _: session)
     return Servicer(NAME, server._response_op, config)
