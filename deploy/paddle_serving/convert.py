@@ -50,6 +50,9 @@ def main(argv=None):
         utils.copy_tokenizer(source, folder)
         for name in (f"{PREFIX}.pdmodel", f"{PREFIX}.pdiparams", utils.CONFIG_FILE):
             shutil.copyfile(source / name, folder / name)
+        onnx = utils.ONNX_FILES["fp32"]  # for engine: onnxruntime
+        if (source / onnx).exists():
+            shutil.copyfile(source / onnx, folder / onnx)
     logger.info("%d labels; model in %s, ready for service.py", len(info.labels), server)
 
 

@@ -123,6 +123,8 @@ def ask(url, body, timeout):
         raise ServerError(f"no answer from {url}: {error}") from error
     try:
         reply = json.loads(text)
+        if "error" in reply:  # of the HTTP server, not of Paddle Serving
+            raise ServerError(f"HTTP status {status}: {' '.join(str(reply['error']).split())}")
         return {name: reply[name] for name in ("err_no", "err_msg", "key", "value")}
     except (ValueError, KeyError, TypeError) as error:
         raise ServerError(f"unexpected reply from {url} (HTTP status {status})") from error

@@ -4,148 +4,73 @@ It replaces Paddle Serving's gateway, which reads bodies of any size into memory
 listens on all addresses and exists for x86 only.
 """
 
+import asyncio
 import json
-import threading
-import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
-NAME = "seq_cls"  # of the service
-USAGE = f"use POST /{NAME}/prediction or GET /{NAME}/ready"
-BAD_REQUEST, BUSY, NOT_READY = 51, 52, 53  # err_no; 51 to 99 are the application's
-MAX_DISCARDED = 1 << 24  # bytes of a body that is too large
+from seq_cls import BAD_REQUEST, BUSY, NAME, NOT_READY
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from http_server import Front, Limits, send_json
+
+READY = f"/{NAME}/ready"
+METHODS = {f"/{NAME}/prediction": "POST", READY: "GET"}
+USAGE = f"use POST /{NAME}/prediction or GET {READY}"
+STATUS = {0: 200, BAD_REQUEST: 400, BUSY: 429}  # of an err_no; 500 for others
 
 
-def parse_texts(value, limits):
-    """The texts of a request's JSON: one string or a list of strings. Raises ValueError."""
+def make_front(servicer, limits):
+    """The HTTP server for `servicer`, which has Request, inference(...) and ready()."""
+    connections = 2 * limits["max_requests"]  # so that there is one to say "busy" on
+    threads = ThreadPoolExecutor(connections, "http")
+    front_limits = Limits(
+        max_body_bytes=limits["max_body_bytes"],
+        max_connections=connections,
+        receive_seconds=limits["receive_seconds"],
+        drain_seconds=limits["drain_seconds"],
+    )
+
+    async def app(scope, receive, send):
+        if scope["type"] != "http":
+            raise NotImplementedError(scope["type"])
+        path, headers = scope["path"], []
+        if path not in METHODS:
+            answer = 404, BAD_REQUEST, USAGE
+        elif scope["method"] != METHODS[path]:
+            answer, headers = (405, BAD_REQUEST, USAGE), [(b"allow", METHODS[path].encode())]
+        elif path == READY:
+            ready = servicer.ready() and not scope["front"].stopping
+            answer = (200, 0, "") if ready else (503, NOT_READY, "")
+        else:
+            body, loop = (await receive())["body"], asyncio.get_running_loop()
+            answer = await loop.run_in_executor(
+                threads, predict, servicer, body, scope["request_id"]
+            )
+        status, err_no, err_msg, *lists = answer
+        key, value = map(list, lists or ((), ()))
+        scope["access"]["err_no"] = err_no
+        reply = {"err_no": err_no, "err_msg": err_msg, "key": key, "value": value}
+        await send_json(send, status, reply, headers)
+
+    return Front(app, front_limits, health=[READY])
+
+
+def predict(servicer, body, request_id):
+    """(HTTP status, err_no, err_msg[, key, value]) of a prediction's body."""
     try:
-        texts = json.loads(value)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"sentence is not JSON ({error}); send a string or a list") from error
-    texts = [texts] if isinstance(texts, str) else texts
-    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise ValueError("sentence must be a JSON string or a list of strings")
-    if not texts:
-        raise ValueError("sentence is an empty list; send at least one text")
-    if len(texts) > limits["max_texts"]:
-        raise ValueError(f"{len(texts)} texts; send at most {limits['max_texts']} in one request")
-    for i, text in enumerate(texts):
-        try:
-            size = len(text.encode("utf-8"))
-        except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
-            raise ValueError(f"text {i}: invalid Unicode (lone surrogate)") from error
-        if size > limits["max_text_bytes"]:
-            raise ValueError(f"text {i} has {size} bytes; at most {limits['max_text_bytes']}")
-    return texts
-
-
-class HttpServer(ThreadingHTTPServer):
-    """Answers with `servicer`, which has Request, inference(request, context) and ready()."""
-
-    daemon_threads = True
-    request_queue_size = 128
-
-    def __init__(self, config, servicer):
-        self.servicer, self.limits = servicer, config["limits"]
-        self.stopping, self.active, self.lock = False, 0, threading.Lock()
-        self.connections = threading.BoundedSemaphore(2 * self.limits["max_requests"])
-        super().__init__((config["http_host"], config["http_port"]), HttpHandler)
-
-    def process_request(self, request, client_address):
-        if self.connections.acquire(blocking=False):
-            super().process_request(request, client_address)
-        else:
-            self.shutdown_request(request)
-
-    def process_request_thread(self, request, client_address):
-        try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self.connections.release()
-
-    def handle_error(self, request, client_address):
-        """The library would print a traceback for every client that disconnects."""
-
-    def count(self, change):
-        with self.lock:
-            self.active += change
-
-    def drain(self, seconds):
-        """Accepts no more connections and waits for the requests that are being answered."""
-        self.stopping = True
-        self.shutdown()
-        self.server_close()
-        deadline = time.monotonic() + seconds
-        while self.active and time.monotonic() < deadline:
-            time.sleep(0.05)
-
-
-class HttpHandler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"  # keeps connections open
-    disable_nagle_algorithm = True
-
-    def setup(self):
-        self.timeout = self.server.limits["receive_seconds"]
-        super().setup()
-
-    def log_message(self, *_):
-        pass
-
-    def reply(self, status, err_no=BAD_REQUEST, err_msg="", key=(), value=()):
-        reply = {"err_no": err_no, "err_msg": err_msg, "key": [*key], "value": [*value]}
-        body = json.dumps(reply, ensure_ascii=False).encode()
-        self.close_connection |= self.server.stopping or status in (411, 413)
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json; charset=utf-8")
-        self.send_header("Content-Length", str(len(body)))
-        if self.close_connection:
-            self.send_header("Connection", "close")
-        self.end_headers()
-        self.wfile.write(body)
-
-    def do_GET(self):
-        if self.path != f"/{NAME}/ready":
-            self.reply(404, err_msg=USAGE)
-        elif self.server.servicer.ready() and not self.server.stopping:
-            self.reply(200, 0)
-        else:
-            self.reply(503, NOT_READY)
-
-    def do_POST(self):
-        self.server.count(1)
-        try:
-            self.answer()
-        finally:
-            self.server.count(-1)
-
-    def answer(self):
-        length, most = self.headers.get("Content-Length", ""), self.server.limits["max_body_bytes"]
-        if not length.isdecimal() or "Transfer-Encoding" in self.headers:
-            return self.reply(411, err_msg="send a body with Content-Length")
-        if int(length) > most:
-            rest = min(int(length), MAX_DISCARDED)  # most clients read the answer only after that
-            while rest > 0 and (part := self.rfile.read(min(rest, 1 << 16))):
-                rest -= len(part)
-            return self.reply(413, err_msg=f"the body has {length} bytes; at most {most}")
-        body = self.rfile.read(int(length))
-        if self.path != f"/{NAME}/prediction":
-            return self.reply(404, err_msg=USAGE)
-        if len(body) < int(length):
-            self.close_connection = True  # the client has gone
-            return None
-        try:
-            content = json.loads(body.decode("utf-8"))
-            if not isinstance(content, dict):
-                raise TypeError("not an object")
-            key, value = content.get("key", []), content.get("value", [])
-            if not isinstance(key, list) or not isinstance(value, list):
-                raise TypeError("key and value must be lists")
-            request = self.server.servicer.Request(key=key, value=value)
-        except (ValueError, TypeError, RecursionError) as error:
-            return self.reply(400, err_msg=f"the body is not a request in UTF-8 JSON: {error}")
-        if "tensors" in content:
-            return self.reply(400, err_msg="tensors are not accepted")
-        if self.server.stopping:
-            return self.reply(503, NOT_READY, "the server is stopping")
-        answer = self.server.servicer.inference(request, None)
-        status = {0: 200, BAD_REQUEST: 400, BUSY: 429}.get(answer.err_no, 500)
-        self.reply(status, answer.err_no, answer.err_msg, answer.key, answer.value)
+        content = json.loads(body.decode("utf-8"))
+        if not isinstance(content, dict):
+            raise TypeError("not an object")
+        key, value = content.get("key", []), content.get("value", [])
+        if not isinstance(key, list) or not isinstance(value, list):
+            raise TypeError("key and value must be lists")
+        request = servicer.Request(key=key, value=value)
+    except (ValueError, TypeError, RecursionError) as error:
+        return 400, BAD_REQUEST, f"the body is not a request in UTF-8 JSON: {error}"
+    if "tensors" in content:
+        return 400, BAD_REQUEST, "tensors are not accepted"
+    answer = servicer.inference(request, None, request_id)
+    status = STATUS.get(answer.err_no, 500)
+    return status, answer.err_no, answer.err_msg, answer.key, answer.value
