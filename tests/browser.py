@@ -135,14 +135,15 @@ class Browser:
         """Text into the element that has the focus, in one go, as an input method does it."""
         self.call("Input.insertText", text=text)
 
-    def press(self, key, code, ctrl=False):
-        """A key. code: its Windows virtual key code, such as 9 for Tab."""
-        for kind in ("rawKeyDown", "keyUp"):
+    def press(self, key, code, ctrl=False, text=""):
+        """A key. code: its Windows virtual key code, such as 9 for Tab; text: what it types."""
+        for kind in ("keyDown", "keyUp"):
             self.call(
                 "Input.dispatchKeyEvent",
                 type=kind,
                 key=key,
                 code=key,
+                text=text,
                 windowsVirtualKeyCode=code,
                 modifiers=2 if ctrl else 0,
             )

@@ -167,9 +167,12 @@ def drain_seconds(name):
     if name == "paddle_serving":
         config = yaml.safe_load((DEPLOY / name / "config.yml").read_text(encoding="utf-8"))
         return config["limits"]["drain_seconds"] + 10  # see service.py
-    code = f"import sys; sys.path.insert(0, {str(DEPLOY / name)!r}); "
-    module = {"simple_serving": "server", "triton_serving": "serve"}[name]
-    code += f"import {module}; print({module}.parse_args(sys.argv[1:]).drain_seconds)"
+    module, seconds = {
+        "simple_serving": ("server", "args.grace_seconds + args.drain_seconds"),
+        "triton_serving": ("serve", "args.drain_seconds + serve.LINGER"),
+    }[name]
+    code = f"import sys; sys.path.insert(0, {str(DEPLOY / name)!r}); import {module}; "
+    code += f"args = {module}.parse_args(sys.argv[1:]); print({seconds})"
     flags = json.loads(Files(name).lines("CMD")[0])[2:]  # also shows that it takes them
     run = subprocess.run([sys.executable, "-c", code, *flags], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
@@ -281,8 +284,10 @@ def local_command(files, root, ports):
 def contents(root, tmpfs):
     """{path: time of its last change} outside of the folders that may be written."""
     files = (path for path in root.rglob("*") if path.is_file())
-    tmp = {root / path.lstrip("/") for path in tmpfs}
-    return {path: path.stat().st_mtime_ns for path in files if not tmp & {*path.parents}}
+    tmp = {root / path.lstrip("/") for path in tmpfs} | {root}
+    found = {path: path.stat().st_mtime_ns for path in files if {*path.parents} & tmp == {root}}
+    # Where Python cannot write its caches, it does without.
+    return {path: time for path, time in found.items() if path.suffix != ".pyc"}
 
 
 def get(port, path):
