@@ -260,7 +260,9 @@ def local_command(files, root, ports):
     """The image's CMD with the folders of the container under `root`, and free ports."""
     command = json.loads(files.lines("CMD")[0])
     assert command[0] in ("python", "python3")
+    python = sys.executable
     if files.name == "simple_serving":
+        python = os.environ.get("PREDICTOR_PYTHON", python)  # has no more than its requirements
         command += ["--port", str(ports["http"])]
     elif files.name == "triton_serving":
         # The script that finds the test's tritonserver runs the image's serve.py, beside it.
@@ -277,7 +279,7 @@ def local_command(files, root, ports):
         path.write_text(yaml.safe_dump(config), encoding="utf-8")
     folders = ("/app", "/models", "/tmp")
     command = [f"{root}{word}" if word.startswith(folders) else word for word in command]
-    return [sys.executable, *("127.0.0.1" if word == "0.0.0.0" else word for word in command[1:])]
+    return [python, *("127.0.0.1" if word == "0.0.0.0" else word for word in command[1:])]
 
 
 def contents(root, tmpfs):
