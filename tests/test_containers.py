@@ -32,6 +32,11 @@ PORTS = {  # of the servers; others see those of Triton's proxy
     "paddle_serving": {"http": 9878, "grpc": 18090},
     "triton_serving": {"http": 8000, "grpc": 8001},
 }
+PACKAGES = {  # without which a server does not run here
+    "simple_serving": "fastapi",
+    "paddle_serving": "paddle_serving_server",
+    "triton_serving": "pytriton",
+}
 PROXY_PORT = 8080  # of triton_serving/nginx.conf
 BASES = {"python:3.12-slim-bookworm", "nvcr.io/nvidia/tritonserver:25.07-py3"}
 TEXT = "一、判决原告于某某与被告杨某某离婚；"
@@ -72,13 +77,18 @@ class Files:
         return [rest for name, rest in self.docker if name == instruction]
 
     def probes(self):
-        """The paths that Kubernetes and Compose ask."""
+        """Kubernetes' probes."""
         names = ("startupProbe", "readinessProbe", "livenessProbe")
-        probes = [each[name] for each in self.pod["containers"] for name in names if name in each]
-        commands = [p["exec"]["command"] for p in probes if "exec" in p]
-        commands.append(self.server["healthcheck"]["test"])
-        paths = {probe["httpGet"]["path"] for probe in probes if "httpGet" in probe}
-        return paths | {re.search("'GET', '([^']+)'", command[-1])[1] for command in commands}
+        return [each[name] for each in self.pod["containers"] for name in names if name in each]
+
+    def check_commands(self):
+        """The commands that Compose and Kubernetes run to see whether the server is well."""
+        commands = [probe["exec"]["command"] for probe in self.probes() if "exec" in probe]
+        return [*commands, self.server["healthcheck"]["test"][1:]]
+
+    def check_paths(self):
+        paths = {probe["httpGet"]["path"] for probe in self.probes() if "httpGet" in probe}
+        return paths | {re.search("'GET', '([^']+)'", c[-1])[1] for c in self.check_commands()}
 
 
 @pytest.fixture(params=PORTS)
@@ -166,20 +176,27 @@ def build_image(files, root):
 
 # ----------------------------------------------------------------------------------- of one mind
 def drain_seconds(name):
-    """The longest that a server takes to stop, by its own flags or settings."""
+    """The longest that a server takes to stop, by its own flags or settings, which must let other
+    machines in."""
+    command = json.loads(Files(name).lines("CMD")[0])
     if name == "paddle_serving":
         config = yaml.safe_load((DEPLOY / name / "config.yml").read_text(encoding="utf-8"))
+        assert config["rpc_host"] == config["http_host"] == "0.0.0.0"
         return config["limits"]["drain_seconds"] + 10  # see service.py
-    module, seconds = {
-        "simple_serving": ("server", "args.grace_seconds + args.drain_seconds"),
-        "triton_serving": ("serve", "args.drain_seconds + serve.LINGER"),
+    if name == "simple_serving":
+        needs_package(PACKAGES[name])  # serve.py needs none
+    module, address, seconds = {
+        "simple_serving": ("server", "host", "args.grace_seconds + args.drain_seconds"),
+        "triton_serving": ("serve", "address", "args.drain_seconds + serve.LINGER"),
     }[name]
     code = f"import sys; sys.path.insert(0, {str(DEPLOY / name)!r}); import {module}; "
-    code += f"args = {module}.parse_args(sys.argv[1:]); print({seconds})"
-    flags = json.loads(Files(name).lines("CMD")[0])[2:]  # also shows that it takes them
-    run = subprocess.run([sys.executable, "-c", code, *flags], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    return float(run.stdout)
+    code += f"args = {module}.parse_args(sys.argv[1:]); print(args.{address}, {seconds})"
+    run = [sys.executable, "-c", code, *command[2:]]
+    run = subprocess.run(run, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr  # as it is if a flag is unknown
+    address, seconds = run.stdout.split()
+    assert address == "0.0.0.0"
+    return float(seconds)
 
 
 def test_they_agree(files):
@@ -304,10 +321,11 @@ def get(port, path):
 
 
 def healthy(files, port):
-    """What Compose's health check says, with the port changed."""
-    _, _, *flags = files.server["healthcheck"]["test"]
-    flags[-1] = flags[-1].replace(f", {PORTS[files.name]['http']},", f", {port},")
-    return subprocess.run([sys.executable, *flags], capture_output=True).returncode == 0
+    """What the commands that check the server say, with the port changed: a list."""
+    old, new = f"'127.0.0.1', {PORTS[files.name]['http']},", f"'127.0.0.1', {port},"
+    commands = [[sys.executable, *command[1:]] for command in files.check_commands()]
+    commands = [[word.replace(old, new) for word in command] for command in commands]
+    return [subprocess.run(c, capture_output=True).returncode == 0 for c in commands]
 
 
 def ask(files, port):
@@ -340,10 +358,7 @@ def ask(files, port):
 @pytest.fixture
 def image(files, bundle, tmp_path):
     """What a container would see, as a folder, with the model where Kubernetes mounts it."""
-    if files.name == "paddle_serving":
-        needs_package("paddle_serving_server")
-    if files.name == "triton_serving":
-        needs_package("pytriton")
+    needs_package(PACKAGES[files.name])
     (tmp_path / "tmp").mkdir()
     build_image(files, tmp_path)
     (mount,) = {m["mountPath"] for m in files.container["volumeMounts"] if m["name"] == "models"}
@@ -396,16 +411,16 @@ def test_command(files, image, bundle, tmp_path_factory):
     with contextlib.ExitStack() as stack:
         client_port = stack.enter_context(reachable(files, image, ports["http"], log_file))
         before = contents(image, files.server["tmpfs"])
-        assert not healthy(files, ports["http"])
+        assert not any(healthy(files, ports["http"]))
         server = started(command, log_file, cwd=folder, env=environment)
         process = stack.enter_context(server)
 
         def ready():
             assert process.poll() is None, log_file.read_text()
-            return all(get(client_port, path) == 200 for path in files.probes())
+            return all(get(client_port, path) == 200 for path in files.check_paths())
 
         wait_until(ready, log_file.read_text)
-        assert healthy(files, ports["http"])
+        assert all(healthy(files, ports["http"]))
         assert ask(files, client_port) == expected
         process.send_signal(signal.SIGTERM)
         grace = int(files.server["stop_grace_period"].removesuffix("s"))
