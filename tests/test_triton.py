@@ -264,6 +264,7 @@ def test_served_and_copied_files_need_nothing_of_the_project(repository):
         assert imports(path) <= allowed
     standard = set(sys.stdlib_module_names)
     assert imports(FOLDER / "serve.py") <= standard | {"supervisor"}
+    assert imports(FOLDER / "local_server.py") <= standard | {"serve"}
     assert imports(FOLDER.parent / "supervisor.py") <= standard
     assert imports(FOLDER / "seqcls_grpc_client.py") <= standard | {"numpy", "tritonclient"}
 
@@ -1048,6 +1049,25 @@ def test_serve_errors(repository, tmp_path, flags, message):
     assert (run.returncode, run.stderr) == (2, f"error: {message.replace('TAKEN', port)}\n")
 
 
+@pytest.mark.parametrize(
+    "lacking, message",
+    [
+        ("package", "no tritonserver; pip install --no-deps nvidia-pytriton==0.7.0"),
+        ("library", f"{sys.executable} has no libpython; take a Python built with a shared one"),
+        ("stub", "nvidia-pytriton has no model process for Python 3.99; take 3.12"),
+    ],
+)
+def test_local_server_errors(real_server, repository, monkeypatch, lacking, message):
+    if lacking == "package":
+        monkeypatch.setattr(local_server, "package_folder", lambda: None)
+    elif lacking == "library":
+        monkeypatch.setattr(local_server.sysconfig, "get_config_var", lambda name: "libpython3.a")
+    else:
+        monkeypatch.setattr(sys, "version_info", types.SimpleNamespace(major=3, minor=99))
+    with pytest.raises(OSError, match=re.escape(message)):
+        local_server.main(["--model_repository", str(repository)])
+
+
 # A server that dies as often as it is told to before it answers, each time by another death.
 FAKE_SERVER = """#!{python}
 import http.server, json, os, pathlib, signal, sys
@@ -1538,6 +1558,7 @@ def test_sigterm_behind_the_proxy(nginx, real_server, repository, expected):
     stopping = "in ensemble 'seqcls', the server is stopping"
     gone = "the server is not available; retry later"
     assert (503, stopping) in refusals and refusals <= {(503, stopping), (503, gone)}
-    names = json.loads(answers[0])["outputs"][0]["data"]
+    tensors = {tensor["name"]: tensor for tensor in json.loads(answers[0])["outputs"]}
+    names = tensors["label"]["data"]
     assert [n for n in names if n] == [n for text in texts for n in expected[text][0]]
     assert len(set(answers)) == 1
