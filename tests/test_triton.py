@@ -1131,6 +1131,7 @@ CLOSED = [  # (method, path) of APIs that a client does not need
     ("POST", "/v2/logging"),
     ("GET", "/v2/trace/setting"),
     ("POST", "/v2/trace/setting"),
+    ("GET", "/v2/models/seqcls/trace/setting"),
 ]
 
 
