@@ -1,7 +1,7 @@
 """Run Triton without Docker: serve.py with the tritonserver of the PyPI package nvidia-pytriton.
 
-    pip install --no-deps nvidia-pytriton==0.7.0
     pip install -r requirements-local.txt
+    pip install --no-deps nvidia-pytriton==0.7.0
     python local_server.py --model_repository model_repository
 
 Takes the flags of serve.py. For Linux on x86-64, Python 3.10 to 3.12, CPU only: the package has no
