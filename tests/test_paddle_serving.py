@@ -1,5 +1,6 @@
 """deploy/paddle_serving against the real server: same labels as predict.py, faults, SIGTERM."""
 
+import asyncio
 import contextlib
 import http.client
 import io
@@ -33,6 +34,7 @@ needs_package("paddle_serving_app")
 import convert  # noqa: E402
 import grpc  # noqa: E402
 import http_client  # noqa: E402
+import http_front  # noqa: E402
 import rpc_client  # noqa: E402
 import seq_cls  # noqa: E402
 import service  # noqa: E402
@@ -898,6 +900,23 @@ def test_a_reply_of_another_server():
             http_client.unpack(0, "", list(reply), list(reply), 1)
     with pytest.raises(http_client.ServerError, match="0 answers to 1 texts"):
         http_client.unpack(0, "", ["label", "score"], ["[]", "[]"], 1)
+
+
+@pytest.mark.parametrize("loaded, stopping, status", [(1, 0, 200), (0, 0, 503), (1, 1, 503)])
+def test_readiness(loaded, stopping, status):
+    """503 until the model is there, and from SIGTERM on."""
+    limits = yaml.safe_load((FOLDER / "config.yml").read_text(encoding="utf-8"))["limits"]
+    servicer = types.SimpleNamespace(ready=lambda: bool(loaded))
+    front, sent = http_front.make_front(servicer, limits), []
+    front.stopping = bool(stopping)
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "path": "/seq_cls/ready", "method": "GET", "access": {}}
+    asyncio.run(front.app({**scope, "front": front}, None, send))
+    assert sent[0]["status"] == status
+    assert json.loads(sent[1]["body"])["err_no"] == (0 if status == 200 else 53)
 
 
 def test_limits_are_checked_before_the_model():
