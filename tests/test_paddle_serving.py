@@ -618,7 +618,7 @@ def test_a_busy_server_and_sigterm(own_server, expected):
 
 
 def test_sigterm_and_keep_alive_clients(own_server):
-    """No HTTP connection is cut before an answer has said so; gRPC says UNAVAILABLE, once."""
+    """No HTTP connection is cut before an answer has said so; gRPC says UNAVAILABLE first."""
     one = own_server(drain_seconds=PATIENCE)
     body = json.dumps({"key": ["sentence"], "value": [json.dumps(TEXTS[0])]})
     request = rpc_client.Request(key=["sentence"], value=[json.dumps(TEXTS[0])])
@@ -641,7 +641,7 @@ def test_sigterm_and_keep_alive_clients(own_server):
             try:
                 assert call(request, timeout=PATIENCE).err_no == 0
             except grpc.RpcError as error:
-                return error.code()
+                return error.code(), error.details()
             counts[number] += 1
 
     with ThreadPoolExecutor(8) as pool, grpc.insecure_channel(one.rpc) as channel:
@@ -652,7 +652,9 @@ def test_sigterm_and_keep_alive_clients(own_server):
         wait_until(lambda: min(counts) > 3, lambda: f"{counts} {one.log.read_text()}")
         one.process.terminate()
         assert [future.result() for future in https] == [None] * 4
-        assert {future.result() for future in grpcs} == {grpc.StatusCode.UNAVAILABLE}
+        ends = [future.result() for future in grpcs]
+        assert {code for code, _ in ends} == {grpc.StatusCode.UNAVAILABLE}, ends
+        assert "the server is stopping; retry elsewhere" in {details for _, details in ends}
     assert one.process.wait(PATIENCE) == 0
     one.assert_gone()
 
