@@ -1,5 +1,6 @@
 """deploy/paddle_serving against the real server: same labels as predict.py, faults, SIGTERM."""
 
+import asyncio
 import contextlib
 import http.client
 import io
@@ -33,6 +34,7 @@ needs_package("paddle_serving_app")
 import convert  # noqa: E402
 import grpc  # noqa: E402
 import http_client  # noqa: E402
+import http_front  # noqa: E402
 import rpc_client  # noqa: E402
 import seq_cls  # noqa: E402
 import service  # noqa: E402
@@ -616,7 +618,7 @@ def test_a_busy_server_and_sigterm(own_server, expected):
 
 
 def test_sigterm_and_keep_alive_clients(own_server):
-    """No HTTP connection is cut before an answer has said so; gRPC says UNAVAILABLE, once."""
+    """No HTTP connection is cut before an answer has said so; gRPC says UNAVAILABLE first."""
     one = own_server(drain_seconds=PATIENCE)
     body = json.dumps({"key": ["sentence"], "value": [json.dumps(TEXTS[0])]})
     request = rpc_client.Request(key=["sentence"], value=[json.dumps(TEXTS[0])])
@@ -639,7 +641,7 @@ def test_sigterm_and_keep_alive_clients(own_server):
             try:
                 assert call(request, timeout=PATIENCE).err_no == 0
             except grpc.RpcError as error:
-                return error.code()
+                return error.code(), error.details()
             counts[number] += 1
 
     with ThreadPoolExecutor(8) as pool, grpc.insecure_channel(one.rpc) as channel:
@@ -650,7 +652,9 @@ def test_sigterm_and_keep_alive_clients(own_server):
         wait_until(lambda: min(counts) > 3, lambda: f"{counts} {one.log.read_text()}")
         one.process.terminate()
         assert [future.result() for future in https] == [None] * 4
-        assert {future.result() for future in grpcs} == {grpc.StatusCode.UNAVAILABLE}
+        ends = [future.result() for future in grpcs]
+        assert {code for code, _ in ends} == {grpc.StatusCode.UNAVAILABLE}, ends
+        assert "the server is stopping; retry elsewhere" in {details for _, details in ends}
     assert one.process.wait(PATIENCE) == 0
     one.assert_gone()
 
@@ -898,6 +902,23 @@ def test_a_reply_of_another_server():
             http_client.unpack(0, "", list(reply), list(reply), 1)
     with pytest.raises(http_client.ServerError, match="0 answers to 1 texts"):
         http_client.unpack(0, "", ["label", "score"], ["[]", "[]"], 1)
+
+
+@pytest.mark.parametrize("loaded, stopping, status", [(1, 0, 200), (0, 0, 503), (1, 1, 503)])
+def test_readiness(loaded, stopping, status):
+    """503 until the model is there, and from SIGTERM on."""
+    limits = yaml.safe_load((FOLDER / "config.yml").read_text(encoding="utf-8"))["limits"]
+    servicer = types.SimpleNamespace(ready=lambda: bool(loaded))
+    front, sent = http_front.make_front(servicer, limits), []
+    front.stopping = bool(stopping)
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "path": "/seq_cls/ready", "method": "GET", "access": {}}
+    asyncio.run(front.app({**scope, "front": front}, None, send))
+    assert sent[0]["status"] == status
+    assert json.loads(sent[1]["body"])["err_no"] == (0 if status == 200 else 53)
 
 
 def test_limits_are_checked_before_the_model():

@@ -119,9 +119,9 @@ def onnx_session(folder, settings):
         import predictor
     except ImportError as error:
         raise UserError(f"engine: onnxruntime: {error}; pip install onnxruntime") from error
-    device = "gpu" if settings["device_type"] else "cpu"
+    device, number = ("gpu", int(settings["devices"])) if settings["device_type"] else ("cpu", 0)
     predictor.check_device(device)
-    number, threads = int(settings["devices"] or 0), settings["thread_num"]
+    threads = settings["thread_num"]
     return predictor.open_session(folder / PREFIX, "fp32", device, number, threads)
 
 

@@ -177,6 +177,18 @@ def worker(config):
         front.stopping = True
 
     signal.signal(signal.SIGTERM, stop)  # in place of Paddle's; the front sets its own later
+
+    def refuse(request, context):
+        context.abort(grpc.StatusCode.UNAVAILABLE, "the server is stopping; retry elsewhere")
+
+    class Refusal(grpc.ServerInterceptor):
+        """For a moment before rpc.stop(), which cancels what arrives while it begins."""
+
+        def intercept_service(self, continuation, details):
+            if front.stopping:
+                return grpc.unary_unary_rpc_method_handler(refuse)
+            return continuation(details)
+
     rpc = grpc.server(
         # More than max_requests, so that `ready` has a thread while all others are busy.
         futures.ThreadPoolExecutor(limits["max_requests"] + 4),
@@ -184,6 +196,7 @@ def worker(config):
             ("grpc.max_receive_message_length", limits["max_body_bytes"]),
             ("grpc.so_reuseport", 0),
         ],
+        interceptors=[Refusal()],
     )
     pipeline_service_pb2_grpc.add_PipelineServiceServicer_to_server(servicer, rpc)
     rpc.add_insecure_port(f"{config['rpc_host']}:{config['rpc_port']}")
@@ -193,6 +206,7 @@ def worker(config):
         while servicer.alive() and not front.stopping:
             time.sleep(POLL)
         stop()
+        time.sleep(front.limits.grace_seconds)
         rpc.stop(limits["drain_seconds"]).wait()
 
     watcher = threading.Thread(target=watch, daemon=True)
