@@ -69,7 +69,7 @@ class Front:
     def __init__(self, app, limits=None, health=(), on_answer=None, access_log=True):
         self.app, self.limits, self.health = app, limits or Limits(), health
         self.on_answer, self.access_log = on_answer, access_log
-        self.stopping, self.unanswered = False, 0
+        self.stopping, self.unanswered, self.lines = False, 0, []
         self.reserve = {}  # connections above the limit, the oldest first
 
     def run(self, host, port):
@@ -94,6 +94,7 @@ class Front:
         name = f"[{host}]" if ":" in host else host
         logger.info("listening on http://%s:%d", name, listener.getsockname()[1])
         server.run(sockets=[listener])
+        self.write_lines()
         return 1 if self.unanswered or not server.started else 0
 
     async def __call__(self, scope, receive, send):
@@ -147,9 +148,15 @@ class Front:
         if self.on_answer:
             self.on_answer(record)
         if self.access_log:
-            with contextlib.suppress(OSError, ValueError):  # nobody reads stderr any more
-                sys.stderr.write(json.dumps(record) + "\n")
-                sys.stderr.flush()
+            if not self.lines:  # answers of the same moment share one write
+                asyncio.get_running_loop().call_soon(self.write_lines)
+            self.lines.append(json.dumps(record) + "\n")
+
+    def write_lines(self):
+        lines, self.lines = "".join(self.lines), []
+        with contextlib.suppress(OSError, ValueError):  # nobody reads stderr any more
+            sys.stderr.write(lines)
+            sys.stderr.flush()
 
 
 async def _whole_body(receive):

@@ -15,10 +15,10 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import prometheus_client
 from fastapi import FastAPI, Request
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import FileResponse, JSONResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from swagger_ui_bundle import swagger_ui_path
 
@@ -28,6 +28,7 @@ from batching import Batcher, GoneError, Job, LateError, QueueFullError
 from http_server import Front, Limits
 from loaded_models import Models, parse_models
 from messages import OPENAPI, InvalidError, parse_request, reply
+from monitoring import Metrics
 
 import utils
 from utils import UserError, at_least
@@ -35,7 +36,6 @@ from utils import UserError, at_least
 PAGE = Path(__file__).with_name("index.html")
 HEALTH = "/health/live", "/health/ready"
 DOCS_FILES = "swagger-ui-bundle.js", "swagger-ui.css", "favicon-32x32.png"
-PATHS = ("/", "/predict", "/info", "/metrics", "/openapi.json", "/docs", *HEALTH)
 VERSIONS = "onnxruntime", "tokenizers", "numpy", "fastapi", "uvicorn"
 
 
@@ -67,8 +67,9 @@ def parse_args(argv=None):
     add("--max_text_bytes", type=at_least(1), default=32768, help="longest text in UTF-8")
     add("--max_body_bytes", type=at_least(1), default=1 << 20, help="largest request body")
     add("--max_connections", type=at_least(1), default=256, help="open connections; more: 503")
-    seconds = at_least(0.1)
-    add("--receive_seconds", type=seconds, default=10.0, help="for a request to arrive; later: 408")
+    arrive = "for a request to arrive; later: 408"
+    add("--receive_seconds", type=at_least(0.1), default=10.0, help=arrive)
+    seconds = at_least(0.0)
     add("--wait_seconds", type=seconds, default=30.0, help="in the queue; longer: 503")
     add("--idle_seconds", type=seconds, default=60.0, help="of a connection between two requests")
     add("--grace_seconds", type=seconds, default=1.0, help="after SIGTERM, still taking requests")
@@ -107,49 +108,12 @@ def main(argv=None):
     )
     service = Service(models, args)
     front = Front(
-        service.api, limits, HEALTH, service.metrics.answered, access_log=not args.no_access_log
+        service, limits, HEALTH, service.metrics.answered, access_log=not args.no_access_log
     )
     status = front.run(args.host, args.port)
     if service.problem:
         raise service.problem
     sys.exit(status)
-
-
-class Metrics:
-    """What GET /metrics shows, beside the process itself."""
-
-    def __init__(self, queued):
-        self.registry = prometheus_client.CollectorRegistry()
-        for collector in (prometheus_client.ProcessCollector, prometheus_client.PlatformCollector):
-            collector(registry=self.registry)
-
-        def new(kind, name, what, labels=(), **settings):
-            return kind(f"seqcls_{name}", what, labels, registry=self.registry, **settings)
-
-        counter, histogram = prometheus_client.Counter, prometheus_client.Histogram
-        self.requests = new(counter, "requests", "answers by path and status", ["path", "status"])
-        self.seconds = new(
-            histogram,
-            "request_seconds",
-            "from a whole request of /predict to its answer",
-            buckets=[0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30],
-        )
-        self.texts = new(counter, "texts", "texts that were labelled")
-        self.cut = new(counter, "texts_cut", "texts longer than the model takes")
-        sizes = [1, 2, 4, 8, 16, 32, 64, 128]
-        self.batch = new(histogram, "batch_texts", "texts of a forward pass", buckets=sizes)
-        self.reloads = new(counter, "reloads", "bundles that were loaded again", ["result"])
-        gauge = prometheus_client.Gauge
-        new(gauge, "queue_texts", "texts that wait").set_function(queued)
-
-    def answered(self, record):
-        """Called with every access line."""
-        path = record["path"] if record["path"] in PATHS else "other"
-        self.requests.labels(path, record["status"]).inc()
-        if path == "/predict" and record["status"] == 200:
-            self.seconds.observe(record["ms"] / 1000)
-            self.texts.inc(record["texts"])
-            self.cut.inc(record["cut"])
 
 
 def error(status, message, headers=None):
@@ -187,7 +151,6 @@ class Service:
             exception_handlers={HTTPException: http_error},
         )
         self.api.openapi_version = "3.0.3"  # what the bundled Swagger UI reads
-        self.api.add_route("/predict", self.predict, methods=["POST"])  # without checks of FastAPI
         self.api.post("/predict", openapi_extra=OPENAPI, summary="Label texts")(self.predict)
         for path, endpoint in (
             ("/info", self.info),
@@ -201,6 +164,14 @@ class Service:
             self.add_file(f"/docs/{name}", Path(swagger_ui_path) / name)
         if PAGE.exists():
             self.add_file("/", PAGE)
+
+    async def __call__(self, scope, receive, send):
+        """An ASGI app; /predict does without the layers of FastAPI, which cost time."""
+        if scope["type"] == "http" and (scope["method"], scope["path"]) == ("POST", "/predict"):
+            response = await self.predict(Request(scope, receive))
+            await response(scope, receive, send)
+        else:
+            await self.api(scope, receive, send)
 
     def add_file(self, path, file):
         async def send_file(request):
@@ -284,8 +255,7 @@ class Service:
 
     async def show_metrics(self):
         """Prometheus"""
-        content = prometheus_client.generate_latest(self.metrics.registry)
-        return Response(content, media_type=prometheus_client.CONTENT_TYPE_LATEST)
+        return Response(self.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     async def docs(self):
         script, style, icon = (f"docs/{name}" for name in DOCS_FILES)
