@@ -97,12 +97,13 @@ def files(request):
 
 
 # ------------------------------------------------------------------------------------------ lint
-def test_linters(files):
-    for command in (["hadolint", "Dockerfile"], ["kubernetes-validate", "--strict"]):
-        path = files.folder / ("Dockerfile" if "hadolint" in command else "kubernetes.yaml")
-        command = [tool(command[0]), *command[1:-1], path]
-        run = subprocess.run(command, capture_output=True, text=True)
-        assert run.returncode == 0, run.stdout + run.stderr
+@pytest.mark.parametrize(
+    "command", [["hadolint", "Dockerfile"], ["kubernetes-validate", "--strict", "kubernetes.yaml"]]
+)
+def test_linters(files, command):
+    command = [tool(command[0]), *command[1:]]
+    run = subprocess.run(command, cwd=files.folder, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
 
 
 def test_dockerfile(files):
