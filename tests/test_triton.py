@@ -594,19 +594,6 @@ def test_lines_of_a_data_file(real_server, tmp_path, end):
     assert texts[:3] == ["一\r二", "", "三\r"]
 
 
-@pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_load_benchmark(server, protocol, tmp_path, capsys):
-    import serving_load
-
-    (tmp_path / "texts.txt").write_text("\n".join(TEXTS[:50]) + "\n", encoding="utf-8")
-    url = server.grpc_url if protocol == "grpc" else server.http_url
-    flags = ["--server", f"triton_{protocol}", "--url", url, "--data_file", tmp_path / "texts.txt"]
-    flags += ["--seconds", 1, "--clients", 4, "--batch_size", 3, "--pid", server.process.pid]
-    serving_load.main([str(flag) for flag in flags])
-    row = json.loads(capsys.readouterr().out)
-    assert row["errors"] == 0 and row["requests"] > 0 and row["megabytes_first_last_most"][0] > 50
-
-
 # ----------------------------------------------------------------------------------------- faults
 def post(server, path, body, headers=None):
     """(status, JSON reply) of one HTTP request."""
