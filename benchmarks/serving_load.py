@@ -1,135 +1,192 @@
-"""Load on a running server, and the same load on the model in this process.
+"""Load on every server of deploy/ and on the same model in this process; one table.
 
-    python benchmarks/serving_load.py --server paddle_serving_http --url http://127.0.0.1:9878 \
-        --data_file data/data.txt --pid 1234
-    python benchmarks/serving_load.py --server in_process --model_path_prefix export/float32 \
-        --data_file data/data.txt
+    python benchmarks/serving_load.py --model_path_prefix export/float32 --data_file texts.txt
 
-Every client sends its next request when the last one is answered. --pid: the server's first
-process; its memory (with its children's) is read each second. Clients and server share the cores.
+All servers are started here and run on the same cores; they are asked in turns, so that a busy
+machine slows each of them. A client sends its next request, over the connection that it keeps, when
+the last one is answered. "in process" is the predictor without a server, called by one thread after
+the other ("1 client") or by all at once. Every answer is compared with the predictor's.
+CPU ms: of the server with all its processes, for one request; in process it includes the client.
+MB: the most memory of these processes, pages that they share counted each time.
 """
 
-import contextlib
-import importlib
+import statistics
 import sys
+import tempfile
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import ExitStack
+from pathlib import Path
 
 import common
 import numpy as np
+import servers
+from predictor import Predictor
 
 import utils
 
-CLIENTS = {"paddle_serving_http": "http_client", "paddle_serving_grpc": "rpc_client"}
-TRITON = {"triton_http": "http", "triton_grpc": "grpc"}
+IN_PROCESS = "in_process"
+TOLERANCES = {"cpu": 1e-4, "gpu": 1e-2}  # of a probability; GPUs take TF32 for float32
+COLUMNS = "server clients texts req/s texts/s p50_ms p99_ms cpu_ms client_cpu_ms MB errors wrong"
 
 
 def parse_args(argv=None):
     parser = utils.new_parser(__doc__)
     add = parser.add_argument
-    add("--server", choices=[*CLIENTS, *TRITON, "in_process"], required=True, help="what is asked")
-    add("--url", help="address of the server")
-    add("--model_path_prefix", help="static graph for in_process, e.g. export/float32")
+    add("--model_path_prefix", required=True, help="static graph of a bundle, e.g. export/float32")
     add("--data_file", required=True, help="texts, one per line")
+    names = [IN_PROCESS, *servers.CLIENTS]
+    add("--servers", nargs="+", choices=names, default=names, help="what is asked")
+    add("--device", choices=["cpu", "gpu"], default="cpu", help="gpu: in_process, simple_serving")
     add("--clients", type=utils.at_least(1), default=16, help="requests side by side")
-    add("--batch_size", type=utils.at_least(1), default=1, help="texts per request")
-    add("--seconds", type=utils.at_least(1.0), default=60.0, help="how long")
-    add("--pid", type=utils.at_least(1), help="process whose memory is watched")
+    add("--texts", nargs="+", default=["1", "1-8"], help="texts of a request")
+    add("--seconds", type=utils.at_least(1.0), default=60.0, help="of each row, in all turns")
+    add("--turns", type=utils.at_least(1), default=3, help="into which the seconds are divided")
     args = parser.parse_args(argv)
-    needed = "model_path_prefix" if args.server == "in_process" else "url"
-    if getattr(args, needed) is None:
-        raise utils.UserError(f"--server {args.server} needs --{needed}")
+    if args.device == "gpu" and not set(args.servers) <= {IN_PROCESS, "simple_serving"}:
+        raise utils.UserError("--device gpu: give --servers in_process simple_serving")
+    for value in args.texts:
+        low, _, high = value.partition("-")
+        if not (low.isdigit() and (high or low).isdigit() and 0 < int(low) <= int(high or low)):
+            raise utils.UserError(f"--texts {value}: give a number, or the least and most as 1-8")
     return args
-
-
-def memory(pid):
-    """Megabytes of a process and all its descendants (resident, shared pages counted each time)."""
-    import psutil  # comes with visualdl
-
-    total = 0
-    with contextlib.suppress(psutil.NoSuchProcess):
-        server = psutil.Process(pid)
-        for process in [server, *server.children(recursive=True)]:
-            total += process.memory_info().rss
-    return total / 1e6
-
-
-def make_predict(args):
-    """A function that labels a list of texts."""
-    if args.server == "in_process":
-        from predictor import Predictor
-
-        return Predictor(args.model_path_prefix).predict
-    if args.server in TRITON:
-        return triton_predict(args.url, TRITON[args.server])
-    client = importlib.import_module(CLIENTS[args.server])
-    return lambda texts: client.predict(args.url, texts)
-
-
-def triton_predict(url, protocol):
-    """The same for Triton; each thread has a connection of its own."""
-    from seqcls_grpc_client import Client
-
-    of_thread = threading.local()
-
-    def predict(texts):
-        if not hasattr(of_thread, "client"):
-            of_thread.client = Client(url, protocol)
-        return of_thread.client.classify(texts)
-
-    return predict
 
 
 def main(argv=None):
     args = parse_args(argv)
-    texts, predict = list(utils.read_texts(args.data_file)), make_predict(args)
-    chunks = list(utils.chunks(texts, args.batch_size))
-    try:
-        predict(chunks[0])
-    except Exception as error:  # every client has its own
-        raise utils.UserError(f"--server {args.server}: {error}") from error
-    seconds, counts, errors, megabytes = [], [], [], []
-    start = time.perf_counter()
+    predictor = Predictor(args.model_path_prefix, args.device, batch_size=64)
+    texts, tolerance = list(utils.read_texts(args.data_file)), TOLERANCES[args.device]
+    expected = list(zip(*predictor.predict(texts)))
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        running = {}
+        for name in args.servers:
+            kind = servers.CLIENTS.get(name, [None])[0]
+            if kind and kind not in running:
+                server = servers.Running(
+                    kind, args.model_path_prefix, folder / kind, device=args.device
+                )
+                running[kind] = stack.enter_context(server)
+        rows = []
+        for count in args.texts:
+            requests = make_requests(texts, expected, count)
+            for name in args.servers:
+                for clients in sorted({1, args.clients}) if name == IN_PROCESS else [args.clients]:
+                    rows.append(Row(name, clients, count, requests, predictor, running))
+        for row in rows:
+            row.measure(2.0, tolerance)  # warm-up
+            row.clear()
+        for _ in range(args.turns):
+            for row in rows:
+                row.measure(args.seconds / args.turns, tolerance)
+    print(f"{common.processor()}, {utils.num_cores()} cores; medians and ranges of turns below\n")
+    print(f"| {' | '.join(COLUMNS.split())} |", "|---" * len(COLUMNS.split()) + "|", sep="\n")
+    for row in rows:
+        print(row)
+    for row in rows:
+        turns = ", ".join(f"{x:.1f}" for x in row.rates)
+        print(f"{row.name}, {row.clients} clients, {row.count} texts: {turns} req/s")
+        for error in sorted(set(row.errors))[:3]:
+            print(f"{row.name}: {error}", file=sys.stderr)
+    if any(row.wrong for row in rows):
+        sys.exit(1)
 
-    def client(turn):
-        while time.perf_counter() < start + args.seconds:
-            chunk, sent = chunks[turn % len(chunks)], time.perf_counter()
-            try:
-                predict(chunk)
-            except Exception as error:  # counted and shown
-                errors.append(repr(error))
-                continue
-            seconds.append(time.perf_counter() - sent)
-            counts.append(len(chunk))
-            turn += args.clients
 
-    with ThreadPoolExecutor(args.clients) as pool:
-        running = {pool.submit(client, i) for i in range(args.clients)}
-        while running:
-            if args.pid:
-                megabytes.append(memory(args.pid))
-            running = wait(running, timeout=1).not_done
-    total = time.perf_counter() - start
-    row = {
-        "server": args.server,
-        "clients": args.clients,
-        "batch_size": args.batch_size,
-        "requests": len(seconds),
-        "errors": len(errors),
-        "requests_per_second": len(seconds) / total,
-        "texts_per_second": sum(counts) / total,
-        "p50_ms": 1000 * float(np.percentile(seconds, 50)) if seconds else None,
-        "p99_ms": 1000 * float(np.percentile(seconds, 99)) if seconds else None,
-        "processor": common.processor(),
-    }
-    if megabytes:
-        # After the first quarter, when all buffers have been made.
-        steady = megabytes[len(megabytes) // 4 :]
-        row["megabytes_first_last_most"] = [round(steady[0]), round(steady[-1]), round(max(steady))]
-    common.print_row(**row)
-    for error in sorted(set(errors))[:5]:
-        print(error, file=sys.stderr)
+def make_requests(texts, expected, count):
+    """[(texts, expected answers)] with `count` texts each; "1-8": as many as chance says."""
+    low, _, high = count.partition("-")
+    rng, requests, start = np.random.default_rng(3), [], 0
+    while start < len(texts):
+        end = start + int(rng.integers(int(low), int(high or low) + 1))
+        requests.append((texts[start:end], expected[start:end]))
+        start = end
+    return requests
+
+
+class Row:
+    """A line of the table: one server, so many clients, so many texts a request."""
+
+    def __init__(self, name, clients, count, requests, predictor, running):
+        self.name, self.clients, self.count, self.requests = name, clients, count, requests
+        self.predictor = predictor
+        kind, self.connect = servers.CLIENTS.get(name, (None, None))
+        self.server = running.get(kind)
+        self.next = 0
+        self.clear()
+
+    def clear(self):
+        self.seconds, self.errors, self.rates = [], [], []
+        self.texts = self.wrong = self.megabytes = 0
+        self.total = self.cpu = self.client_cpu = 0.0
+
+    def client(self):
+        if self.server:
+            return self.connect(self.server)
+
+        def ask(texts):
+            names, probs = self.predictor.predict(texts)
+            index = {name: i for i, name in enumerate(self.predictor.info.labels)}
+            return [(n, [p[index[x]] for x in n]) for n, p in zip(names, probs.tolist())]
+
+        return ask
+
+    def measure(self, seconds, tolerance):
+        """Adds a turn; tolerance: see servers.wrong_answers."""
+        before, own, done = self.cpu_seconds(), time.process_time(), len(self.seconds)
+        lock, start = threading.Lock(), time.perf_counter()
+        end = start + seconds
+
+        def run():
+            ask = self.client()
+            while (sent := time.perf_counter()) < end:
+                with lock:
+                    self.next += 1
+                texts, expected = self.requests[self.next % len(self.requests)]
+                try:
+                    answers = ask(texts)
+                except Exception as error:  # counted and shown
+                    self.errors.append(repr(error))
+                    ask = self.client()
+                    continue
+                took = time.perf_counter() - sent
+                wrong = servers.wrong_answers(answers, expected, self.predictor.info, tolerance)
+                with lock:
+                    self.seconds.append(took)
+                    self.texts += len(texts)
+                    self.wrong += wrong
+
+        threads = [threading.Thread(target=run) for _ in range(self.clients)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        took = time.perf_counter() - start
+        self.total += took
+        self.rates.append((len(self.seconds) - done) / took)
+        self.client_cpu += time.process_time() - own
+        self.cpu += self.cpu_seconds() - before
+        memory = (process.memory_info().rss for process in self.processes())
+        self.megabytes = max(self.megabytes, sum(memory) / 1e6)
+
+    def processes(self):
+        import psutil  # comes with visualdl
+
+        first = psutil.Process(self.server.pid if self.server else None)
+        return [first, *(first.children(recursive=True) if self.server else [])]
+
+    def cpu_seconds(self):
+        """Of the server's processes so far."""
+        times = [process.cpu_times() for process in self.processes()]
+        return sum(time.user + time.system for time in times)
+
+    def __str__(self):
+        done = max(1, len(self.seconds))
+        p50, p99 = (1000 * np.percentile(self.seconds or [np.nan], p) for p in (50, 99))
+        cells = [self.name, self.clients, self.count, f"{statistics.median(self.rates):.1f}"]
+        cells += [f"{self.texts / self.total:.1f}", f"{p50:.1f}", f"{p99:.1f}"]
+        cells += [f"{1000 * self.cpu / done:.1f}", f"{1000 * self.client_cpu / done:.1f}"]
+        cells += [round(self.megabytes), len(self.errors), self.wrong]
+        return f"| {' | '.join(map(str, cells))} |"
 
 
 if __name__ == "__main__":
