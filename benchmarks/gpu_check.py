@@ -3,7 +3,8 @@
     python benchmarks/gpu_check.py
 
 needs no data, no download and about five minutes, and prints one table. Of this project only
-infer.py has been run on a GPU: please paste the table into an issue. `--device cpu` compares the CPU with itself.
+infer.py has been run on a GPU: please paste the table into an issue. `--device cpu` compares the
+CPU with itself.
 """
 
 import importlib.metadata
