@@ -2,8 +2,9 @@
 
     python benchmarks/gpu_check.py
 
-needs no data, no download and about five minutes, and prints one table. This project has not been
-run on a GPU: please paste the table into an issue. `--device cpu` compares the CPU with itself.
+needs no data, no download and about five minutes, and prints one table. Of this project only
+infer.py has been run on a GPU: please paste the table into an issue. `--device cpu` compares the
+CPU with itself.
 """
 
 import importlib.metadata
