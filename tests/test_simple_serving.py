@@ -301,7 +301,7 @@ def test_front_connection_limit(small):
 
 
 def test_front_stops_with_an_answer_for_everyone(small):
-    server = small(grace_seconds=1)
+    server = small(grace_seconds=4)
     with contextlib.closing(server.connect()) as idle, contextlib.closing(server.connect()) as slow:
         idle.request("GET", "/x")
         assert idle.getresponse().read()
@@ -803,6 +803,7 @@ def test_limits_of_the_command_line(start, bundle):
     server = start(
         *("--model_path_prefix", f"{bundle}/float32", "--wait_seconds", "0", "--max_texts", "2"),
         *("--max_text_bytes", "9", "--max_body_bytes", "200", "--receive_seconds", "0.5"),
+        "--no_access_log",
     )
     assert predict(server, {"texts": ["a"] * 3})[1]["error"].startswith("3 texts; send at most 2")
     assert predict(server, {"text": "a" * 10})[1]["error"] == "text 0 has 10 bytes; at most 9"
@@ -815,6 +816,7 @@ def test_limits_of_the_command_line(start, bundle):
     assert statuses(answers) == [408]
     assert json.loads(server.ask("GET", "/info")[1])["models"][0]["name"] == bundle.name
     assert server.stop() == 0
+    assert "listening on" in server.log() and "/predict" not in server.log()
 
 
 def test_a_full_queue_answers_429(start, bundle):
@@ -1035,3 +1037,13 @@ def test_models_are_called_after_their_folders():
     }
     with pytest.raises(utils.UserError, match="name the model, as in NAME=y/float32"):
         loaded_models.parse_models(given[2:])
+
+
+def test_the_readme_installs_what_requirements_lists():
+    """Beside Paddle's pins: all but the predictor's own requirements."""
+    text = (FOLDER / "requirements.txt").read_text(encoding="utf-8")
+    lines = [re.split(r"[ ;#]", line)[0] for line in text.splitlines()]
+    listed = {re.sub(">=.*", "", line) for line in lines if re.match(r"\w", line)}
+    for page in ("README.md", "README_en.md"):
+        command = re.search(r"pip install (fastapi .*)", (FOLDER / page).read_text("utf-8"))[1]
+        assert set(command.split()) == listed

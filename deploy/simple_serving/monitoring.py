@@ -31,7 +31,7 @@ class Metrics:
         self.seconds = new(
             histogram,
             "request_seconds",
-            "from a whole request of /predict to its answer",
+            "of /predict, from the head of a request to its answer",
             buckets=[0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30],
         )
         self.texts = new(counter, "texts", "texts that were labelled")
