@@ -696,6 +696,7 @@ def test_a_request_must_arrive_in_time(own_server):
 
 def test_the_start_prints_one_line(own_server, tmp_path):
     one = own_server(log_dir="some/logs")
+    wait_until(lambda: "ready;" in one.log.read_text(), one.log.read_text)
     lines = one.log.read_text().splitlines()
     (line,) = (line for line in lines if not line.startswith("{"))  # access lines of the waiting
     assert line.endswith(f"ready; health check: {one.http}/seq_cls/ready")
