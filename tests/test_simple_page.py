@@ -24,7 +24,9 @@ FOLDER = REPO / "deploy" / "simple_serving"
 PAGE = (FOLDER / "index.html").read_text(encoding="utf-8")
 LABELS = utils.read_labels(SAMPLE / "label.txt")
 HOSTILE = '<img src=x onerror="alert(1)"><script>alert(2)</script>'
-THRESHOLD = 0.05  # of every label of the second model
+# Of the second model: the label with the highest probability for the first text is never given.
+LIKELY = LABELS.index("准予离婚")
+THRESHOLDS = [1.0 if i == LIKELY else 0.1 for i in range(len(LABELS))]
 TEXTS = ["准予离婚。", "今天天气很好。", HOSTILE, "一、判决原告于某某与被告杨某某离婚；" * 12]
 chromium = test_report.chromium
 
@@ -67,12 +69,12 @@ class Server:
 
 @pytest.fixture(scope="module")
 def server(bundle, tmp_path_factory):
-    """Two models; the labels of the second one have hostile names and a low threshold."""
+    """Two models; the labels of the second one have hostile names and thresholds of their own."""
     folder = tmp_path_factory.mktemp("page")
     path = shutil.copytree(bundle, folder / "hostile") / utils.CONFIG_FILE
     config = utils.read_json(path)
     config["id2label"] = {str(i): f"{label}{HOSTILE}" for i, label in enumerate(LABELS)}
-    config["thresholds"] = [THRESHOLD] * len(LABELS)
+    config["thresholds"] = THRESHOLDS
     path.write_text(json.dumps(config), encoding="utf-8")
     models = f"plain={bundle / 'float32'}", f"hostile={folder / 'hostile' / 'float32'}"
     server = Server(*models, log=folder / "log.txt")
@@ -109,13 +111,15 @@ def rows(page, number):
     )
 
 
-def expected(server, text, model="plain", threshold=0.5):
+def expected(server, text, model="plain"):
     """(the rows of all labels, the server's result) for a text, asked without the page."""
+    thresholds = {"plain": [0.5] * len(LABELS), "hostile": THRESHOLDS}[model]
     request = {"texts": [text], "model": model, "all_scores": True}
     (result,) = server.ask("POST", "predict", request)["results"]
     given = {label["label"] for label in result["labels"]}
     order = sorted(result["scores"].items(), key=lambda item: (item[0] not in given, -item[1]))
-    return [[n, f"{score:.3f}", f"{threshold:.3f}", n in given] for n, score in order], result
+    limits = dict(zip(result["scores"], thresholds))
+    return [[n, f"{score:.3f}", f"{limits[n]:.3f}", n in given] for n, score in order], result
 
 
 # ----------------------------------------------------------------------------------- the results
@@ -144,7 +148,7 @@ def test_labels_and_scores(page, server):
 def test_bars_have_the_length_of_the_scores(page, server):
     page.evaluate("document.querySelector('#model').value = 'hostile'")
     predict(page, TEXTS[0])
-    every, _ = expected(server, TEXTS[0], "hostile", THRESHOLD)
+    every, _ = expected(server, TEXTS[0], "hostile")
     bars = page.evaluate(
         "[...document.querySelectorAll('.bar')].map((bar) => { const { left, width } ="
         " bar.getBoundingClientRect(); const [fill, mark] = [...bar.children].map((e) =>"
@@ -152,9 +156,12 @@ def test_bars_have_the_length_of_the_scores(page, server):
         " (mark.left + mark.width / 2 - left) / width]; })"
     )
     assert len(bars) == len(rows(page, 0)) >= 5
-    for (length, mark), (_, score, _, _) in zip(bars, every):
+    for (length, mark), (_, score, threshold, _) in zip(bars, every):
         assert length == pytest.approx(float(score), abs=0.005)
-        assert mark == pytest.approx(THRESHOLD, abs=0.005)
+        assert mark == pytest.approx(float(threshold), abs=0.005)
+    # A given label comes first, though another one has a higher score and is not given.
+    (first, *_, first_given), (second, *_, second_given) = rows(page, 0)[:2]
+    assert first_given and not second_given and second.startswith(LABELS[LIKELY])
 
 
 def test_hostile_texts_and_labels_are_shown(page, server):
@@ -164,7 +171,7 @@ def test_hostile_texts_and_labels_are_shown(page, server):
     assert page.texts("blockquote")[0] == HOSTILE
     for number, text in enumerate((HOSTILE, TEXTS[0])):
         shown = rows(page, number)
-        assert shown == expected(server, text, "hostile", THRESHOLD)[0][: len(shown)]
+        assert shown == expected(server, text, "hostile")[0][: len(shown)]
     assert all(label.endswith(HOSTILE) for label, *_ in shown) and shown[0][3]
     assert page.evaluate("document.querySelectorAll('img, script').length") == 1  # its own script
 
