@@ -7,6 +7,7 @@ the container's folders in a temporary one.
 
 import contextlib
 import fnmatch
+import functools
 import http.client
 import json
 import os
@@ -40,9 +41,6 @@ PACKAGES = {  # without which a server does not run here
 PROXY_PORT = 8080  # of triton_serving/nginx.conf
 BASES = {"python:3.12-slim-bookworm", "nvcr.io/nvidia/tritonserver:25.07-py3"}
 TEXT = "一、判决原告于某某与被告杨某某离婚；"
-TRACKED = subprocess.run(
-    ["git", "ls-files", "-z"], cwd=REPO, capture_output=True, text=True, check=True
-).stdout.split("\0")[:-1]
 
 
 def tool(name):
@@ -157,11 +155,17 @@ def copied(files):
             *sources, target = shlex.split(rest)
             assert target.endswith("/"), "a file may take the name of a folder that is missing"
             for source in sources:
-                paths = [path for path in TRACKED if matches(path, source)]
+                paths = [path for path in tracked() if matches(path, source)]
                 assert paths, f"{source}: not in git"
                 for path in paths:
                     found[path] = os.path.normpath(os.path.join(folder, target, Path(path).name))
     return found
+
+
+@functools.cache
+def tracked():
+    run = subprocess.run(["git", "ls-files", "-z"], cwd=REPO, stdout=subprocess.PIPE, check=True)
+    return run.stdout.decode().split("\0")[:-1]
 
 
 def matches(path, pattern):
