@@ -92,14 +92,15 @@ class Server:
         return None
 
     def stop(self):
-        """Asks the server to end; False if it did not end in time."""
+        """Asks the server to end; False if it did not in time, or says that it left some
+        requests unanswered."""
         self.process.terminate()
         try:
             self.process.wait(self.stop_seconds)
         except subprocess.TimeoutExpired:
             logger.error("the server did not stop within %g s; killing it", self.stop_seconds)
             return False
-        return True
+        return self.process.returncode in (0, -signal.SIGTERM)  # the latter while it starts
 
     def kill(self):
         """Ends the server and everything that it started."""

@@ -72,8 +72,6 @@ def texts_of(value, limits):
     for i, text in enumerate(texts):
         if not isinstance(text, str):
             raise invalid(f"text {i} is not a string")
-        if not text.strip():
-            raise invalid(f"text {i} is empty; leave it out")
         try:
             size = len(text.encode("utf-8"))
         except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
