@@ -62,9 +62,14 @@ class Protocol(HttpToolsProtocol):
 
     def connection_made(self, transport):
         super().connection_made(transport)
-        reserve, limits = self.front.reserve, self.front.limits
+        reserve, idle, limits = self.front.reserve, self.front.idle, self.front.limits
         self.start = time.perf_counter()
         if len(self.connections) - len(reserve) <= limits.max_connections:
+            return self.watch(self.too_slow)
+        if idle:  # the one that has asked nothing for longest
+            oldest = next(iter(idle))
+            del idle[oldest]
+            oldest.timeout_keep_alive_handler()
             return self.watch(self.too_slow)
         reserve[self] = True
         self.watch(self.too_slow, min(limits.receive_seconds, RESERVE_SECONDS))
@@ -74,6 +79,7 @@ class Protocol(HttpToolsProtocol):
     def connection_lost(self, exc):
         self.watch(None)
         self.front.reserve.pop(self, None)
+        self.front.idle.pop(self, None)
         super().connection_lost(exc)
 
     def data_received(self, data):
@@ -84,6 +90,7 @@ class Protocol(HttpToolsProtocol):
             return
         if self.timeout_keep_alive_task:
             self.timeout_keep_alive_task.cancel()
+        self.front.idle.pop(self, None)
         if not self.timer and not self.pending:
             self.start = time.perf_counter()
             self.watch(self.too_slow)
@@ -162,6 +169,8 @@ class Protocol(HttpToolsProtocol):
             self.watch(self.transport.abort)
         elif self.refusal and not self.pending:
             self.answer_refusal()
+        elif not self.pending and not self.receiving:
+            self.front.idle[self] = True
 
     # --------------------------------------------------------------------------- slow clients
     def too_slow(self):

@@ -38,7 +38,7 @@ class Limits:
     """What a client may take; seconds and bytes."""
 
     max_body_bytes: int = 1 << 20
-    max_connections: int = 256
+    max_connections: int = 256  # of more the one that is idle for longest goes, if there is one
     receive_seconds: float = 10.0  # for head and body together, and to read the answer
     idle_seconds: float = 60.0  # of a keep-alive connection
     grace_seconds: float = 1.0  # after SIGTERM, in which keep-alive clients learn of it
@@ -71,6 +71,7 @@ class Front:
         self.on_answer, self.access_log = on_answer, access_log
         self.stopping, self.unanswered, self.lines = False, 0, []
         self.reserve = {}  # connections above the limit, the oldest first
+        self.idle = {}  # keep-alive connections between two requests, the longest first
 
     def run(self, host, port):
         """Serves until SIGTERM or Ctrl-C. Returns the exit status: 0, or 1 if an accepted request

@@ -6,6 +6,7 @@ import http.client
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -299,6 +300,20 @@ def test_front_connection_limit(small):
         assert error_of(answers) == "too many connections; retry later"
         slow[0].close()
         wait_until(lambda: server.ask("GET", "/x")[0] == 200, server.log)
+
+
+def test_front_idle_connections_make_room(small):
+    server = small(max_connections=3)
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(contextlib.closing(server.connect())) for _ in range(5)]
+        for client in clients:
+            client.request("GET", "/x")
+            assert client.getresponse().read()
+        for client in clients[2:]:  # the last three are still open
+            socket_before = client.sock
+            client.request("GET", "/x")
+            assert client.getresponse().status == 200 and client.sock is socket_before
+        assert clients[0].sock.recv(1) == clients[1].sock.recv(1) == b""
 
 
 def test_front_stops_with_an_answer_for_everyone(small):
@@ -721,6 +736,21 @@ def test_paths_and_methods(server):
         assert (status, headers["Content-Type"]) == (200, "text/html; charset=utf-8")
     else:
         assert status == 404
+
+
+def test_examples_of_the_readme(server):
+    """As they are pasted, but for the port."""
+    url = f"http://127.0.0.1:{server.port}"
+    for page in ("README.md", "README_en.md"):
+        text = (FOLDER / page).read_text("utf-8").replace("http://127.0.0.1:8000", url)
+        curl = re.search(r"^curl .*", text, re.M)[0]
+        answer = json.loads(subprocess.run(shlex.split(curl), capture_output=True).stdout)
+        shown = json.loads(re.search(r'^\{"model": .*', text, re.M)[0])
+        assert [[*result] for result in answer["results"]] == [["labels", "cut"]] * 2
+        assert [names_of(r) for r in answer["results"]] == [names_of(r) for r in shown["results"]]
+        code = re.search(r"```python\n(.*?)```", text, re.S)[1]
+        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert run.returncode == 0 and "'label': '婚后有子女'" in run.stdout, run.stderr
 
 
 def test_info(server, bundle):
