@@ -22,7 +22,7 @@ import common
 from utils import UserError
 
 DEPLOY = common.REPO / "deploy"
-KINDS = ("simple_serving", "triton", "paddle_serving")
+KINDS = ("simple_serving", "triton", "paddle_serving", "paddle_engine")
 HOST = "127.0.0.1"
 PATIENCE = 120  # seconds; a server that is not ready by then has failed
 
@@ -112,7 +112,10 @@ class Running:
         path.write_text(text, encoding="utf-8")
         self.start(nginx, "-p", self.folder, "-c", path, "-e", "stderr", "-g", "daemon off;")
 
-    def start_paddle_serving(self):
+    def start_paddle_engine(self):
+        self.start_paddle_serving("paddle")
+
+    def start_paddle_serving(self, engine="auto"):
         import yaml
 
         scripts = DEPLOY / "paddle_serving"
@@ -122,6 +125,7 @@ class Running:
         config = yaml.safe_load((scripts / "config.yml").read_text(encoding="utf-8"))
         config |= {"http_host": HOST, "http_port": self.ports["http"]}
         config |= {"rpc_host": HOST, "rpc_port": self.ports["grpc"]}
+        config["op"]["seq_cls"]["engine"] = engine
         path = self.folder / "config.yml"
         path.write_text(yaml.safe_dump(config), encoding="utf-8")
         self.start(sys.executable, scripts / "service.py", f"--config={path}")
@@ -230,6 +234,8 @@ CLIENTS = {  # name -> (kind of server, function)
     "triton_http": ("triton", triton_http),
     "paddle_serving_grpc": ("paddle_serving", paddle_serving_grpc),
     "paddle_serving_http": ("paddle_serving", paddle_serving_http),
+    # Paddle Inference where model.onnx would do.
+    "paddle_engine_http": ("paddle_engine", paddle_serving_http),
 }
 
 

@@ -4,8 +4,9 @@
 
 All servers are started here and run on the same cores; they are asked in turns, so that a busy
 machine slows each of them. A client sends its next request, over the connection that it keeps, when
-the last one is answered. "in process" is the predictor without a server, called by one thread after
-the other ("1 client") or by all at once. Every answer is compared with the predictor's.
+the last one is answered. "in_process" is the predictor without a server; with 1 client it is called
+for one request after the other, and for all texts at once, which is the most that merging could
+give. Every answer is compared with the predictor's.
 CPU ms: of the server with all its processes, for one request; in process it includes the client.
 MB: the most memory of these processes, pages that they share counted each time.
 """
@@ -73,6 +74,9 @@ def main(argv=None):
             for name in args.servers:
                 for clients in sorted({1, args.clients}) if name == IN_PROCESS else [args.clients]:
                     rows.append(Row(name, clients, count, requests, predictor, running))
+        if IN_PROCESS in args.servers:  # what the best merging could give
+            all_texts = [(texts, expected)]
+            rows.append(Row(IN_PROCESS, 1, "all", all_texts, predictor, running))
         for row in rows:
             row.measure(2.0, tolerance)  # warm-up
             row.clear()

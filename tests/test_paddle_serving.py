@@ -46,6 +46,7 @@ def write_config(folder, limits=(), **settings):
     config["rpc_host"] = config["http_host"] = "127.0.0.1"
     config["rpc_port"], config["http_port"] = free_ports(2)
     op = config["op"]["seq_cls"]
+    op["engine"] = "paddle"  # the harder one
     groups = [config["limits"], op, op["local_service_conf"]]
     for name, value in {**dict(limits), **settings}.items():
         next((group for group in groups if name in group), config)[name] = value
@@ -255,6 +256,19 @@ def test_texts_of_like_length_run_together(capacity):
         assert {size for size, _ in shapes} <= {1, 4} and {n for _, n in shapes} == lengths
     else:
         assert len(shapes) <= 8 and max(size for size, _ in shapes) > 8
+
+
+def test_engine_that_is_chosen(model, tmp_path):
+    shutil.copytree(model / "serving_server", tmp_path / "serving_server")
+
+    def engine(**settings):
+        write_config(tmp_path, **settings)
+        return service.read_config(tmp_path / "config.yml")["op"]["seq_cls"]["engine"]
+
+    assert [engine(engine=name) for name in ("auto", "paddle")] == ["onnxruntime", "paddle"]
+    assert engine(engine="auto", device_type=1, devices="0") == "paddle"
+    (tmp_path / "serving_server" / "model.onnx").unlink()
+    assert [engine(engine=name) for name in ("auto", "onnxruntime")] == ["paddle", "onnxruntime"]
 
 
 @pytest.mark.parametrize("engine", ["paddle", "onnxruntime"])
@@ -773,7 +787,7 @@ def test_bad_configuration(model, server, tmp_path):
             "log_dir: config.yml",
             "config.yml/PipelineServingLogs (Not a directory); n",
         ),
-        ("engine: paddle", "engine: torch", "engine: torch; known are paddle, onnxruntime"),
+        ("engine: auto", "engine: torch", "engine: torch; known are auto, paddle, onnxruntime"),
         ("concurrency: 2", "concurrency: 0", "concurrency: 0 is not a positive integer"),
         ("max_texts: 256", "max_texts: x", "max_texts: x is not a positive integer"),
         ("max_texts: 256", "max_texts: true", "max_texts: True is not a positive integer"),

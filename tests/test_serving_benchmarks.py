@@ -33,7 +33,8 @@ def test_load(flags, capsys):
     asked = [(row["server"], row["clients"], row["texts"]) for row in rows]
     one = [("in_process", "1", "1"), ("in_process", "3", "1")]
     one += [(name, "3", "1") for name in serving_load.servers.CLIENTS]
-    assert asked == one + [(name, clients, "1-8") for name, clients, _ in one]
+    many = [(name, clients, "1-8") for name, clients, _ in one]
+    assert asked == [*one, *many, ("in_process", "1", "all")]
     for row in rows:
         assert float(row["req/s"]) > 0 and row["errors"] == row["wrong"] == "0", row
         assert float(row["p50_ms"]) <= float(row["p99_ms"]) and float(row["cpu_ms"]) > 0

@@ -33,7 +33,7 @@ LIMITS = (
     "max_body_bytes max_texts max_text_bytes max_requests receive_seconds drain_seconds".split()
 )
 DEFAULTS = {"log_dir": "."}
-OP_DEFAULTS = {"engine": "paddle", "concurrency": 1, "batch_size": 32}
+OP_DEFAULTS = {"engine": "auto", "concurrency": 1, "batch_size": 32}
 MODEL_SETTINGS = ["model_config", "device_type", "devices"]
 MODEL_OPTIONS = (
     "thread_num use_mkldnn mkldnn_cache_capacity mkldnn_op_list mkldnn_bf16_op_list ir_optim "
@@ -93,6 +93,9 @@ def read_config(path):
     folder = path.resolve().parent
     model["model_config"] = str(folder / model["model_config"])
     config["log_dir"] = str(folder / config["log_dir"])
+    if op["engine"] == "auto":
+        has_onnx = (Path(model["model_config"]) / utils.ONNX_FILES["fp32"]).exists()
+        op["engine"] = "onnxruntime" if has_onnx and model["device_type"] == 0 else "paddle"
     # One process with the op in threads, so that there is one to watch.
     config.update(worker_num=1, build_dag_each_worker=False, dag={"is_thread_op": True})
     model["client_type"] = "local_predictor"
@@ -126,8 +129,8 @@ def check_values(path, config, op, model):
             raise UserError(f"{path}: {name}: {value} is not the path of a folder")
     if config["rpc_port"] == config["http_port"]:
         raise UserError(f"{path}: rpc_port and http_port are the same")
-    if op["engine"] not in ("paddle", "onnxruntime"):
-        raise UserError(f"{path}: engine: {op['engine']}; known are paddle, onnxruntime")
+    if op["engine"] not in ("auto", "paddle", "onnxruntime"):
+        raise UserError(f"{path}: engine: {op['engine']}; known are auto, paddle, onnxruntime")
     device_type, devices = model["device_type"], model["devices"]
     if device_type not in (0, 1):
         raise UserError(f"{path}: device_type {device_type}: 0 (CPU) and 1 (GPU) are supported")
