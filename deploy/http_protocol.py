@@ -62,24 +62,25 @@ class Protocol(HttpToolsProtocol):
 
     def connection_made(self, transport):
         super().connection_made(transport)
-        reserve, idle, limits = self.front.reserve, self.front.idle, self.front.limits
+        reserve, limits = self.front.reserve, self.front.limits
+        full = len(self.connections) - len(reserve) > limits.max_connections
         self.start = time.perf_counter()
-        if len(self.connections) - len(reserve) <= limits.max_connections:
-            return self.watch(self.too_slow)
-        if idle:  # the one that has asked nothing for longest
-            oldest = next(iter(idle))
-            del idle[oldest]
-            oldest.timeout_keep_alive_handler()
-            return self.watch(self.too_slow)
+        if not full or self.front.make_room(self.start):
+            return self.await_request()
         reserve[self] = True
         self.watch(self.too_slow, min(limits.receive_seconds, RESERVE_SECONDS))
         if len(reserve) > RESERVE:
             next(iter(reserve)).give_way()
 
+    def await_request(self):
+        self.start = time.perf_counter()
+        self.front.receiving[self] = True
+        self.watch(self.too_slow)
+
     def connection_lost(self, exc):
         self.watch(None)
-        self.front.reserve.pop(self, None)
-        self.front.idle.pop(self, None)
+        for group in (self.front.reserve, self.front.idle, self.front.receiving):
+            group.pop(self, None)
         super().connection_lost(exc)
 
     def data_received(self, data):
@@ -92,8 +93,7 @@ class Protocol(HttpToolsProtocol):
             self.timeout_keep_alive_task.cancel()
         self.front.idle.pop(self, None)
         if not self.timer and not self.pending:
-            self.start = time.perf_counter()
-            self.watch(self.too_slow)
+            self.await_request()
         self.received += len(data)
         try:
             while data:
@@ -158,6 +158,7 @@ class Protocol(HttpToolsProtocol):
 
     def on_message_complete(self):
         self.receiving = False
+        self.front.receiving.pop(self, None)
         self.pending += 1
         self.watch(None)
         super().on_message_complete()
@@ -202,6 +203,7 @@ class Protocol(HttpToolsProtocol):
         if self.refusal:
             return
         self.refusal = status, reason
+        self.front.receiving.pop(self, None)
         self.watch(None)
         if self.receiving and self.has_head:  # for the app the client has left
             self.scope["refused"] = True
@@ -233,7 +235,7 @@ class Protocol(HttpToolsProtocol):
 
     def give_way(self):
         """Closes at once, for a newer connection."""
-        del self.front.reserve[self]
+        self.front.reserve.pop(self, None)
         self.refuse(503, TOO_MANY)
         self.transport.close()
 

@@ -38,8 +38,9 @@ class Limits:
     """What a client may take; seconds and bytes."""
 
     max_body_bytes: int = 1 << 20
-    max_connections: int = 256  # of more the one that is idle for longest goes, if there is one
+    max_connections: int = 512  # for more, a slow or an idle one goes; see make_room
     receive_seconds: float = 10.0  # for head and body together, and to read the answer
+    patience_seconds: float = 1.0  # the same while there are too many connections
     idle_seconds: float = 60.0  # of a keep-alive connection
     grace_seconds: float = 1.0  # after SIGTERM, in which keep-alive clients learn of it
     drain_seconds: float = 30.0  # after that, to answer what was accepted
@@ -71,7 +72,8 @@ class Front:
         self.on_answer, self.access_log = on_answer, access_log
         self.stopping, self.unanswered, self.lines = False, 0, []
         self.reserve = {}  # connections above the limit, the oldest first
-        self.idle = {}  # keep-alive connections between two requests, the longest first
+        self.receiving = {}  # connections whose request is not whole yet, the oldest first
+        self.idle = {}  # keep-alive connections between two requests, the oldest first
 
     def run(self, host, port):
         """Serves until SIGTERM or Ctrl-C. Returns the exit status: 0, or 1 if an accepted request
@@ -97,6 +99,19 @@ class Front:
         server.run(sockets=[listener])
         self.write_lines()
         return 1 if self.unanswered or not server.started else 0
+
+    def make_room(self, now):
+        """Closes the connection that is slowest to send its request, else the one that has asked
+        nothing for longest. Returns whether there was one."""
+        slowest, oldest = (next(iter(group), None) for group in (self.receiving, self.idle))
+        if slowest and now - slowest.start > self.limits.patience_seconds:
+            slowest.give_way()
+        elif oldest:
+            del self.idle[oldest]
+            oldest.timeout_keep_alive_handler()
+        else:
+            return False
+        return True
 
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http":

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import http.client
 import json
 import os
@@ -278,7 +279,7 @@ def test_front_slow_clients(small):
 
 def test_front_connection_limit(small):
     """Further clients are told so; health checks have a place whatever waits there."""
-    server = small(max_connections=5, receive_seconds=PATIENCE)
+    server = small(max_connections=5, receive_seconds=PATIENCE, patience_seconds=PATIENCE)
     with contextlib.ExitStack() as stack:
 
         def connect():
@@ -314,6 +315,30 @@ def test_front_idle_connections_make_room(small):
             client.request("GET", "/x")
             assert client.getresponse().status == 200 and client.sock is socket_before
         assert clients[0].sock.recv(1) == clients[1].sock.recv(1) == b""
+
+
+def test_front_slow_connections_make_room(small):
+    """They go before idle ones, and never while their request waits for its answer."""
+    server = small(max_connections=4, receive_seconds=PATIENCE, patience_seconds=0.2)
+    with contextlib.ExitStack() as stack:
+        address = ("127.0.0.1", server.port)
+        idle, busy = (stack.enter_context(contextlib.closing(server.connect())) for _ in range(2))
+        idle.request("GET", "/x")
+        assert idle.getresponse().read()
+        socket_before = idle.sock
+        busy.request("GET", "/slow")
+        slow = [stack.enter_context(socket.create_connection(address, PATIENCE)) for _ in range(2)]
+        for client in slow:
+            client.sendall(b"GET /slow HTTP/1.1\r\nX: ")
+        time.sleep(0.3)  # longer is as good
+        for client in slow:  # the older one first
+            new = stack.enter_context(contextlib.closing(server.connect()))
+            new.request("GET", "/x")
+            assert new.getresponse().read()
+            assert statuses(b"".join(iter(lambda: client.recv(1 << 16), b"")).decode()) == [503]
+        idle.request("GET", "/open")
+        assert idle.getresponse().status == 200 and idle.sock is socket_before
+        assert busy.getresponse().status == 200
 
 
 def test_front_stops_with_an_answer_for_everyone(small):
@@ -375,13 +400,14 @@ def test_front_address_in_use(small, tmp_path):
 # ------------------------------------------------------------------------------------- batching
 def test_batches_are_of_like_length():
     """Padding never costs more than the passes that are saved."""
+    like_length = functools.partial(batching.like_length, pass_tokens=8)
     lengths = [3, 4, 4, 5, 60, 61, 120]
     expected = {0: (0, 4), 2: (0, 4), 3: (0, 4), 4: (4, 6), 5: (4, 6), 6: (6, 7)}
     for first, window in expected.items():
-        assert batching.like_length(lengths, first, 32) == window
-    assert batching.like_length([7] * 9, 4, 3) in [(2, 5), (3, 6), (4, 7)]
-    assert batching.like_length([10, 18], 0, 2) == (0, 2)
-    assert batching.like_length([10, 19], 0, 2) == (0, 1)
+        assert like_length(lengths, first, 32) == window
+    assert like_length([7] * 9, 4, 3) in [(2, 5), (3, 6), (4, 7)]
+    assert like_length([10, 18], 0, 2) == (0, 2)
+    assert like_length([10, 19], 0, 2) == (0, 1)
 
 
 class FakeModel:
@@ -413,6 +439,7 @@ def batched(tiny_model):
             batcher = batching.Batcher(
                 **{"batch_size": 4, "max_queue": 9, **settings},
                 threads=1,
+                device="cpu",
                 on_batch=lambda size: None,
             )
             batcher.start()

@@ -2,7 +2,7 @@
 
 A batch begins with the text that has waited longest. Texts of the same model join it, those nearest
 in length first, as long as the padding that they cost is less than what a forward pass of their own
-would: see MERGE_TOKENS. Requests are never held back to wait for others.
+would: see PASS_TOKENS. Requests are never held back to wait for others.
 """
 
 import asyncio
@@ -17,8 +17,8 @@ import utils
 from utils import logger
 
 # What a forward pass costs beside its tokens, in tokens. Seen with ONNX Runtime on the CPU: 32
-# tokens alone take as long as 41 in a batch of 8.
-MERGE_TOKENS = 8
+# tokens alone take as long as 41 in a batch of 8. A GPU takes hundreds of tokens at once.
+PASS_TOKENS = {"cpu": 8, "gpu": 512}
 
 
 class QueueFullError(Exception):
@@ -59,7 +59,7 @@ class Text(NamedTuple):
     index: int  # in the job
 
 
-def like_length(lengths, first, most):
+def like_length(lengths, first, most, pass_tokens):
     """(start, end) of the batch around lengths[first]; the lengths must be in ascending order."""
     start, end, padding = first, first + 1, 0
     while end - start < most:
@@ -68,7 +68,7 @@ def like_length(lengths, first, most):
             shorter = lengths[end - 1] - lengths[start - 1]
         if end < len(lengths):
             longer = (lengths[end] - lengths[end - 1]) * count
-        if padding + min(shorter, longer) > MERGE_TOKENS * count:
+        if padding + min(shorter, longer) > pass_tokens * count:
             break
         padding += min(shorter, longer)
         if shorter <= longer:
@@ -91,10 +91,12 @@ class Batcher:
     """The queue and its threads.
 
     batch_size: most texts of a forward pass. max_queue: most texts that wait. threads: forward
-    passes at the same time. on_batch: called with the number of texts of every pass.
+    passes at the same time. device: of PASS_TOKENS. on_batch: called with the number of texts of
+    every pass.
     """
 
-    def __init__(self, batch_size, max_queue, threads, on_batch):
+    def __init__(self, batch_size, max_queue, threads, device, on_batch):
+        self.pass_tokens = PASS_TOKENS[device]
         self.batch_size, self.max_queue, self.on_batch = batch_size, max_queue, on_batch
         self.changed, self.closed, self.loop = threading.Condition(), False, None
         self.arrived, self.waiting, self.queued = [], [], 0  # jobs, texts, number of texts
@@ -182,7 +184,7 @@ class Batcher:
         order = [i for i, text in enumerate(self.waiting) if text.job.model is first.job.model]
         order.sort(key=lambda i: len(self.waiting[i].ids))
         lengths = [len(self.waiting[i].ids) for i in order]
-        start, end = like_length(lengths, order.index(0), self.batch_size)
+        start, end = like_length(lengths, order.index(0), self.batch_size, self.pass_tokens)
         chosen = set(order[start:end])
         batch = [self.waiting[i] for i in order[start:end]]
         self.waiting = [text for i, text in enumerate(self.waiting) if i not in chosen]

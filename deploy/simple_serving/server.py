@@ -66,7 +66,7 @@ def parse_args(argv=None):
     add("--max_texts", type=at_least(1), default=64, help="most texts of a request")
     add("--max_text_bytes", type=at_least(1), default=32768, help="longest text in UTF-8")
     add("--max_body_bytes", type=at_least(1), default=1 << 20, help="largest request body")
-    add("--max_connections", type=at_least(1), default=256, help="open connections; more: 503")
+    add("--max_connections", type=at_least(1), default=512, help="open connections; more: 503")
     arrive = "for a request to arrive; later: 408"
     add("--receive_seconds", type=at_least(0.1), default=10.0, help=arrive)
     seconds = at_least(0.0)
@@ -135,7 +135,8 @@ class Service:
         self.reload_now = self.problem = None
         passes = 1 if args.device == "gpu" else max(1, utils.num_cores() // args.num_threads)
         passes = args.num_passes or passes
-        self.batcher = Batcher(args.batch_size, args.max_queue, passes, self.count_batch)
+        sizes = args.batch_size, args.max_queue, passes
+        self.batcher = Batcher(*sizes, args.device, self.count_batch)
         self.metrics = Metrics(lambda: self.batcher.queued)
         self.limits = {
             name: getattr(args, name)
