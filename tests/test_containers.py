@@ -39,7 +39,7 @@ PACKAGES = {  # without which a server does not run here
     "triton_serving": "pytriton",
 }
 PROXY_PORT = 8080  # of triton_serving/nginx.conf
-BASES = {"python:3.12-slim-bookworm", "nvcr.io/nvidia/tritonserver:25.07-py3"}
+BASES = {"python:3.12-slim-bookworm", "nvcr.io/nvidia/tritonserver:26.07-py3"}
 TEXT = "一、判决原告于某某与被告杨某某离婚；"
 
 
