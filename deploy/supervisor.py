@@ -100,7 +100,7 @@ class Server:
         except subprocess.TimeoutExpired:
             logger.error("the server did not stop within %g s; killing it", self.stop_seconds)
             return False
-        return self.process.returncode in (0, -signal.SIGTERM)  # the latter while it starts
+        return self.process.returncode == 0 or not self.was_ready
 
     def kill(self):
         """Ends the server and everything that it started."""

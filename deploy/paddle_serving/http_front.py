@@ -23,11 +23,11 @@ STATUS = {0: 200, BAD_REQUEST: 400, BUSY: 429}  # of an err_no; 500 for others
 
 def make_front(servicer, limits):
     """The HTTP server for `servicer`, which has Request, inference(...) and ready()."""
-    connections = 2 * limits["max_requests"]  # so that there is one to say "busy" on
-    threads = ThreadPoolExecutor(connections, "http")
+    # As many again are there to say "busy".
+    threads = ThreadPoolExecutor(2 * limits["max_requests"], "http")
     front_limits = Limits(
         max_body_bytes=limits["max_body_bytes"],
-        max_connections=connections,
+        max_connections=max(Limits.max_connections, 4 * limits["max_requests"]),
         receive_seconds=limits["receive_seconds"],
         drain_seconds=limits["drain_seconds"],
     )
