@@ -450,6 +450,20 @@ def read_texts(path):
         logger.warning(message, path, line.count("\r"))
 
 
+def check_texts(texts, max_texts, max_text_bytes):
+    """Raises ValueError, a line for a server's client, if there are too many texts, or one that is
+    too long in UTF-8 or none."""
+    if len(texts) > max_texts:
+        raise ValueError(f"{len(texts)} texts; send at most {max_texts} in one request")
+    for i, text in enumerate(texts):
+        try:
+            size = len(text.encode("utf-8"))
+        except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
+            raise ValueError(f"text {i}: invalid Unicode (lone surrogate)") from error
+        if size > max_text_bytes:
+            raise ValueError(f"text {i} has {size} bytes; at most {max_text_bytes}")
+
+
 def peeked(items):
     """The same items, the first one read already: a wrong path shows before work is done."""
     items = iter(items)

@@ -40,15 +40,7 @@ def parse_texts(value, limits):
         raise ValueError("sentence must be a JSON string or a list of strings")
     if not texts:
         raise ValueError("sentence is an empty list; send at least one text")
-    if len(texts) > limits["max_texts"]:
-        raise ValueError(f"{len(texts)} texts; send at most {limits['max_texts']} in one request")
-    for i, text in enumerate(texts):
-        try:
-            size = len(text.encode("utf-8"))
-        except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
-            raise ValueError(f"text {i}: invalid Unicode (lone surrogate)") from error
-        if size > limits["max_text_bytes"]:
-            raise ValueError(f"text {i} has {size} bytes; at most {limits['max_text_bytes']}")
+    utils.check_texts(texts, limits["max_texts"], limits["max_text_bytes"])
     return texts
 
 

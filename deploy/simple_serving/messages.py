@@ -7,6 +7,7 @@ import numpy as np
 from loaded_models import thresholds_of
 
 import metric
+import utils
 from utils import UserError
 
 KEYS = "texts", "text", "model", "all_scores", "thresholds", "min_labels", "max_labels"
@@ -67,17 +68,13 @@ def texts_of(value, limits):
         raise invalid("texts must be a list of strings")
     if not texts:
         raise invalid("texts is empty; send at least one text")
-    if len(texts) > limits.max_texts:
-        raise invalid(f"{len(texts)} texts; send at most {limits.max_texts} in one request")
     for i, text in enumerate(texts):
         if not isinstance(text, str):
             raise invalid(f"text {i} is not a string")
-        try:
-            size = len(text.encode("utf-8"))
-        except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
-            raise invalid(f"text {i}: invalid Unicode (lone surrogate)") from error
-        if size > limits.max_text_bytes:
-            raise invalid(f"text {i} has {size} bytes; at most {limits.max_text_bytes}")
+    try:
+        utils.check_texts(texts, limits.max_texts, limits.max_text_bytes)
+    except ValueError as error:
+        raise invalid(str(error)) from error
     return texts
 
 
