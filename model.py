@@ -5,13 +5,18 @@ because that takes seconds.
 """
 
 import contextlib
+import copy
+import ctypes
 import importlib.metadata
 import importlib.util
 import json
+import math
 import os
 import pickle
 import sys
 import tempfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -21,6 +26,7 @@ import paddle
 import paddle.distributed as dist
 import paddle.inference
 import paddle.nn.functional as F
+from paddle.autograd import PyLayer
 
 import metric
 import utils
@@ -42,6 +48,7 @@ MAX_DIFFERENCE = 1e-4  # of a logit, between the trained model and what is expor
 CHECK_SEQUENCES, CHECK_BATCH = 64, 16
 SHOWN_LABELS = 5  # names in one log line
 LOSS_SCALE = 2.0**20  # see scaled_backward
+MIN_SHARE = 8  # texts of a batch; see Replicas
 
 
 def _import_transformers():
@@ -97,6 +104,7 @@ def set_device(device):
         if "AuthenticAMD" in features and "avx2" in features:
             os.environ.setdefault("MKL_DEBUG_CPU_TYPE", "5")  # its AVX2 kernels
         paddle.base.core.set_num_threads(num_threads())
+        paddle.set_flags({"FLAGS_use_stride_kernel": False})  # its views are copied time and again
     try:
         paddle.set_device(device)
     except (ValueError, RuntimeError) as error:
@@ -468,34 +476,275 @@ def average_gradients(parameters):
         gradient.set_value(part.reshape(gradient.shape))
 
 
-@contextlib.contextmanager
-def fast_dropout(seed):
-    """Inside the block dropout on the CPU takes its masks from NumPy; elsewhere nothing changes.
+class _Rows(paddle.nn.Layer):
+    """An embedding table that holds only some rows of the whole one."""
+
+    def __init__(self, table, token_ids):
+        super().__init__()
+        row_of = np.zeros(table.weight.shape[0], dtype=np.int64)
+        row_of[token_ids] = np.arange(len(token_ids))
+        self.register_buffer("row_of", paddle.to_tensor(row_of), persistable=False)
+        self.weight = _parameter(table.weight.numpy()[token_ids])
+        self.padding_idx = None if table._padding_idx < 0 else table._padding_idx
+
+    def forward(self, input_ids):
+        rows = paddle.gather(self.row_of, input_ids.flatten()).reshape(input_ids.shape)
+        return F.embedding(rows, self.weight, self.padding_idx)
+
+
+def _parameter(array):
+    initializer = paddle.nn.initializer.Assign(array)
+    return paddle.create_parameter(array.shape, "float32", default_initializer=initializer)
+
+
+class EmbeddingRows:
+    """Trains only the rows of the embeddings that the data uses; a third of them is often enough
+    for most of the parameters of a small model.
+
+    Cuts the tables of `net` in place. token_ids: those that occur, in ascending order, [PAD] first;
+    length: of the longest sequence. The gradient of any other row is always 0, so the weight decay
+    alone would change it.
+    """
+
+    def __init__(self, net, token_ids, length):
+        self.net, layer = net, net.base_model.embeddings
+        self.rows = {"word_embeddings": token_ids, "position_embeddings": np.arange(length)}
+        self.full = {name: getattr(layer, name).weight.numpy() for name in self.rows}
+        layer.word_embeddings = _Rows(layer.word_embeddings, token_ids)
+        layer.position_embeddings.weight = _parameter(self.full["position_embeddings"][:length])
+
+    def weights(self, decay):
+        """{parameter name: float32 array} with the whole tables. decay: product of
+        1 - learning rate * weight decay over all steps."""
+        weights = {name: value.numpy() for name, value in self.net.state_dict().items()}
+        for name, rows in self.rows.items():
+            full = (self.full[name] * decay).astype(np.float32)
+            key = f"{self.net.base_model_prefix}.embeddings.{name}.weight"
+            full[rows] = weights[key]
+            weights[key] = full
+        return weights
+
+
+class Replicas:
+    """Copies of a model that share its weights and train on shares of a batch, each in a thread.
+
+    Paddle computes most operators of a layer on a single core, so on the CPU there is a copy for
+    each; elsewhere the model is the only one. Gradients are summed in the order of the copies, so
+    that the same number of them gives the same bits.
+    """
+
+    def __init__(self, net, batch_size):
+        self.nets = [net]
+        if _on_cpu():
+            _keep_freed_memory()
+            for _ in range(1, min(num_threads(), batch_size // MIN_SHARE)):
+                self.nets.append(copy.deepcopy(net))
+                for own, shared in zip(self.nets[-1].parameters(), net.parameters()):
+                    shared._share_buffer_to(own)
+        self.pool = ThreadPoolExecutor(len(self.nets))
+
+    def train(self):
+        for net in self.nets:
+            net.train()
+
+    def map(self, function, indices, seed):
+        """A list of function(copy, its share of the array `indices`) for all that have a share.
+
+        seed: numpy.random.SeedSequence of dropout.
+        """
+        shares = [indices[i :: len(self.nets)] for i in range(min(len(self.nets), len(indices)))]
+
+        def run(net, share, seed):
+            seed_dropout(seed)
+            return function(net, share)
+
+        arguments = self.nets, shares, seed.spawn(len(shares))
+        if len(self.nets) == 1:
+            return list(map(run, *arguments))
+        threads = num_threads()
+        paddle.base.core.set_num_threads(threads // len(self.nets))  # of a matrix product
+        try:
+            return list(self.pool.map(run, *arguments))
+        finally:
+            paddle.base.core.set_num_threads(threads)
+
+    @paddle.no_grad()
+    def collect_gradients(self):
+        """Adds the gradients of the copies to the model's."""
+        for first, *others in zip(*(net.parameters() for net in self.nets)):
+            for other in others:
+                if other.grad is not None:
+                    first.grad.add_(other.grad)
+                    other.clear_gradient(set_to_zero=False)
+
+
+def _keep_freed_memory():
+    """Makes glibc keep what tensors free for the next ones. It would give large blocks back to the
+    system, which hands them out again page by page: a twentieth of a step."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        for parameter, value in ((-4, 0), (-1, 1 << 30), (-2, 64 << 20)):
+            libc.mallopt(parameter, value)  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+
+
+class _Linear(PyLayer):
+    """x @ weight + bias. Paddle adds the bias in a pass of its own and sums its gradient slowly."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        rows = x.reshape([-1, x.shape[-1]])
+        ctx.save_for_backward(rows, weight)
+        return paddle.addmm(bias.unsqueeze(0), rows, weight).reshape([*x.shape[:-1], -1])
+
+    @staticmethod
+    def backward(ctx, grad):
+        rows, weight = ctx.saved_tensor()
+        flat = grad.reshape([-1, grad.shape[-1]])
+        of_x = paddle.matmul(flat, weight, transpose_y=True)
+        of_weight = paddle.matmul(rows, flat, transpose_x=True)
+        return of_x.reshape([*grad.shape[:-1], -1]), of_weight, _column_sums(flat)
+
+
+class _LayerNorm(PyLayer):
+    """Paddle's own forward pass; the backward pass in matrix products and fewer passes over x."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, epsilon):
+        ctx.save_for_backward(x, weight)
+        ctx.epsilon = epsilon
+        return _layer_norm(x, weight.shape, weight, bias, epsilon)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensor()
+        size = weight.shape[0]
+        rows, flat = x.reshape([-1, size]), grad.reshape([-1, size])
+        mean = paddle.full([size, 1], 1 / size, x.dtype)
+        normal = rows - paddle.matmul(rows, mean)
+        factor = paddle.rsqrt(paddle.matmul(normal * normal, mean) + ctx.epsilon)
+        normal.multiply_(factor)
+        product, weights = flat * normal, weight.unsqueeze(1) / size
+        of_weight, of_bias = _column_sums(product), _column_sums(flat)
+        # d x = factor * (g - mean(g) - normal * mean(g * normal)), where g = grad * weight
+        result = flat * weight
+        result.subtract_(paddle.matmul(flat, weights))
+        result.subtract_(normal.multiply_(paddle.matmul(product, weights)))
+        return result.multiply_(factor).reshape(x.shape), of_weight, of_bias
+
+
+class _Attention(PyLayer):
+    """softmax(q @ k^T + mask), dropout, @ v, of q, k, v [batch, heads, length, size].
+
+    mask: [batch, heads, length, 1], what is added to the scores of a key: a column more of q and k,
+    since adding it to the scores takes Paddle longer than their product. keep: factors of dropout
+    [batch, heads, length, length], or None.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, mask, keep):
+        ones = paddle.ones_like(mask)
+        scores = paddle.matmul(
+            paddle.concat([q, ones], -1), paddle.concat([k, mask], -1), False, True
+        )
+        probs = F.softmax(scores)
+        kept = probs if keep is None else probs * keep
+        result = paddle.matmul(kept, v)
+        ctx.keep = keep
+        ctx.save_for_backward(q, k, v, probs, kept, result)
+        return result
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, probs, kept, result = ctx.saved_tensor()
+        of_v = paddle.matmul(kept, grad, transpose_x=True)
+        of_scores = paddle.matmul(grad, v, transpose_y=True)
+        if ctx.keep is not None:
+            of_scores.multiply_(ctx.keep)
+        # sum(d probs * probs) over the keys is sum(d result * result) over the size.
+        of_scores.subtract_((grad * result).sum(-1, keepdim=True))
+        of_scores.multiply_(probs)
+        return paddle.matmul(of_scores, k), paddle.matmul(of_scores, q, transpose_x=True), of_v
+
+
+def _column_sums(matrix):
+    return paddle.matmul(paddle.ones([1, matrix.shape[0]], matrix.dtype), matrix).flatten()
+
+
+_layer_norm, _plain_dropout = F.layer_norm, F.dropout
+_random = threading.local()  # .rng: of the thread's share of a batch
+
+
+def _linear_forward(layer, x):
+    if layer.bias is None:
+        return F.linear(x, layer.weight)
+    return _Linear.apply(x, layer.weight, layer.bias)
+
+
+def _layer_norm_forward(layer, x):
+    return _LayerNorm.apply(x, layer.weight, layer.bias, layer._epsilon)
+
+
+def _attention_forward(layer, query, key, value, attn_mask, cache=None):
+    """Self-attention: query, key and value are the same tensor, and there is no cache."""
+    batch, length, _ = query.shape
+    heads, size = layer.num_heads, layer.head_dim
+
+    def split(projection):
+        return projection(query).reshape([batch, length, heads, size]).transpose([0, 2, 1, 3])
+
+    mask = attn_mask.reshape([batch, 1, length, 1]).expand([batch, heads, length, 1])
+    keep = None
+    if layer.training and layer.dropout:
+        keep = _keep_factors([batch, heads, length, length], layer.dropout)
+    q = split(layer.q_proj) * size**-0.5
+    result = _Attention.apply(q, split(layer.k_proj), split(layer.v_proj), mask, keep)
+    return layer.out_proj(result.transpose([0, 2, 1, 3]).reshape([batch, length, heads * size]))
+
+
+def _keep_factors(shape, rate):
+    """Dropout's factors: 0 or 1 / (1 - rate).
 
     Paddle draws a float per element with a Mersenne twister, which takes a fifth of a step; here
-    16 random bits decide, so a rate is rounded to a multiple of 1 / 65536. seed: a SeedSequence.
+    16 random bits decide, so a rate is rounded to a multiple of 1 / 65536.
     """
+    dropped, size = round(rate * 65536), math.prod(shape)
+    bits = _random.rng.bit_generator.random_raw(-(-size // 4)).view(np.uint16)[:size]
+    factors = np.multiply(bits >= dropped, np.float32(65536 / max(1, 65536 - dropped)))
+    return paddle.to_tensor(factors.reshape(shape))
+
+
+def _dropout(x, p=0.5, axis=None, training=True, mode="upscale_in_train", name=None, **more):
+    if not training or p == 0:
+        return x
+    if axis is not None or mode != "upscale_in_train":
+        return _plain_dropout(x, p, axis, training, mode, name, **more)
+    return x * _keep_factors(x.shape, p)
+
+
+def seed_dropout(seed):
+    """Seeds the dropout of this thread. seed: a numpy.random.SeedSequence."""
+    if _on_cpu():
+        _random.rng = np.random.Generator(np.random.SFC64(seed))
+    else:
+        paddle.seed(int(seed.generate_state(1)[0]))
+
+
+@contextlib.contextmanager
+def fast_layers():
+    """Inside the block layers on the CPU compute as above; elsewhere nothing changes."""
     if not _on_cpu():
         yield
         return
-    original, rng = F.dropout, np.random.Generator(np.random.SFC64(seed))
-
-    def dropout(x, p=0.5, axis=None, training=True, mode="upscale_in_train", name=None, **more):
-        if not training or p == 0:
-            return x
-        if axis is not None or mode != "upscale_in_train":
-            return original(x, p, axis, training, mode, name, **more)
-        dropped = round(p * 65536)
-        bits = np.frombuffer(rng.bytes(2 * x.size), dtype=np.uint16)
-        scale = np.float32(65536 / max(1, 65536 - dropped))
-        mask = (bits >= dropped).astype(np.float32).reshape(x.shape) * scale
-        return x * paddle.to_tensor(mask)
-
-    F.dropout = dropout  # layers look it up at every call
-    try:
+    nn = paddle.nn
+    with contextlib.ExitStack() as stack:
+        for owner, name, fast in (
+            (nn.Linear, "forward", _linear_forward),
+            (nn.LayerNorm, "forward", _layer_norm_forward),
+            (nn.MultiHeadAttention, "forward", _attention_forward),
+            (F, "dropout", _dropout),
+        ):
+            stack.callback(setattr, owner, name, getattr(owner, name))
+            setattr(owner, name, fast)
         yield
-    finally:
-        F.dropout = original
 
 
 def evaluate(model, encoded, label_ids, num_labels, batch_size):
@@ -520,15 +769,18 @@ def evaluate(model, encoded, label_ids, num_labels, batch_size):
 
 
 # ----------------------------------------------------------------------------------------- save
-def write_weights(path, model):
+def write_weights(path, model, weights=None):
+    """weights: {parameter name: array} instead of the model's own."""
+    if weights is None:
+        weights = {name: value.numpy() for name, value in model.state_dict().items()}
     with open(path, "wb") as file:
-        save_weights(file, {name: value.numpy() for name, value in model.state_dict().items()})
+        save_weights(file, weights)
 
 
-def save_checkpoint(save_dir, model, tokenizer_dir):
+def save_checkpoint(save_dir, model, tokenizer_dir, weights=None):
     """The checkpoint: weights, tokenizer and config.json with labels and sequence length."""
     with utils.atomic_folder(save_dir) as folder:
-        write_weights(folder / WEIGHTS_FILE, model)
+        write_weights(folder / WEIGHTS_FILE, model, weights)
         model.config.save_pretrained(str(folder))
         utils.copy_tokenizer(tokenizer_dir, folder)
 

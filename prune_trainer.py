@@ -282,11 +282,11 @@ class Pruner:
     def train_step(self, supernet, optimizer, indices, step):
         """One step on a batch (an index array); returns its loss."""
         seed = np.random.SeedSequence((self.args.seed, step, dist.get_rank()))
-        paddle.seed(int(seed.generate_state(1)[0]))
+        model.seed_dropout(seed)
         batch, targets = make_batch(self.train_set, indices, self.num_labels)
         with paddle.no_grad(), hidden_states(self.teacher) as teacher_states:
             teacher_logits = self.teacher(**batch)
-        with model.fast_dropout(seed), hidden_states(supernet.model) as student_states:
+        with model.fast_layers(), hidden_states(supernet.model) as student_states:
             logits = supernet(**batch)
         hidden_loss = sum(map(F.mse_loss, student_states, teacher_states))
         soft = logits_loss(logits, teacher_logits, self.args.distill_loss)

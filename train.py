@@ -14,6 +14,7 @@ import os
 import shutil
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -165,7 +166,9 @@ def main(argv=None):
             logger.info("%s set: %d texts, %d tokens", name, len(ids), sum(map(len, ids)))
         if rank == 0:
             remove_leftovers(Path(args.save_dir))
-        Trainer(args, net, len(labels), train_set, dev_set, tokenizer_dir, identity).run()
+        token_ids = np.unique(np.concatenate([[0], *encoded, *dev_encoded]))
+        rows = model.EmbeddingRows(net, token_ids, args.max_seq_length)
+        Trainer(args, net, rows, len(labels), train_set, dev_set, tokenizer_dir, identity).run()
 
 
 # ------------------------------------------------------------------------------------ the model
@@ -232,12 +235,13 @@ def initial_weights(net, args, labels):
 class Trainer:
     """Trains and leaves the best model, the log and the curves in args.save_dir.
 
+    rows: model.EmbeddingRows of `net`.
     train_set, dev_set: (token ids, label ids) of the texts, as lists of arrays and of lists.
     identity: see identity_of.
     """
 
-    def __init__(self, args, net, num_labels, train_set, dev_set, tokenizer_dir, identity):
-        self.args, self.net, self.num_labels = args, net, num_labels
+    def __init__(self, args, net, rows, num_labels, train_set, dev_set, tokenizer_dir, identity):
+        self.args, self.net, self.rows, self.num_labels = args, net, rows, num_labels
         self.train_set, self.dev_set = train_set, dev_set
         self.tokenizer_dir, self.identity = tokenizer_dir, identity
         self.rank, self.world_size = (
@@ -261,6 +265,7 @@ class Trainer:
             epoch=0,  # finished epochs
             step=0,  # finished steps of the running epoch
             global_step=0,
+            decay=1.0,  # of a weight without gradients, by --weight_decay
             best=None,  # dev figures of the saved model
             stale_epochs=0,  # evaluations since the last improvement
             log_size=0,  # bytes of the log that belong to this state
@@ -270,8 +275,7 @@ class Trainer:
     def run(self):
         args, progress = self.args, self.progress
         resumed = args.resume and self.load_state()
-        # Gradients are exchanged in its backward pass, see backward().
-        self.parallel = paddle.DataParallel(self.net) if self.world_size > 1 else self.net
+        self.replicas = model.Replicas(self.net, args.batch_size)
         if self.rank == 0:
             self.log = TrainLog(self.save_dir / LOG_FILE, progress.log_size, args.visualdl_dir)
             if progress.log_size == 0:
@@ -282,8 +286,9 @@ class Trainer:
             if args.early_stop and progress.stale_epochs >= args.early_stop_nums:
                 logger.info("Early stop!")
                 break
-            self.train_epoch()
-            self.keep_best()
+            with model.fast_layers():
+                self.train_epoch()
+                self.keep_best()
             progress.epoch, progress.step, progress.counts = progress.epoch + 1, 0, None
             self.save_state()
         if self.rank == 0:
@@ -338,12 +343,13 @@ class Trainer:
         counts = metric.MultiLabelCounts(self.num_labels)
         if progress.counts is not None:
             counts = counts.from_array(progress.counts)
-        self.net.train()
+        self.replicas.train()
         hidden = True if self.rank else None  # None: hidden where stderr is no terminal
         bar = tqdm(desc=f"epoch {epoch}", total=len(steps), initial=progress.step, disable=hidden)
         since, logged = time.time(), progress.global_step
         for batches in steps[progress.step :]:
             rate, loss = self.optimizer.get_lr(), self.train_step(batches, counts)
+            progress.decay *= 1 - rate * args.weight_decay
             if self.schedule is not None:
                 self.schedule.step()
             progress.step += 1
@@ -374,39 +380,34 @@ class Trainer:
 
         Loss and F1 of the training log are those of rank 0's share of the batches.
         """
-        outputs, losses = [], []
+        results, parameters = [], self.net.parameters()
         for i, indices in enumerate(batches):
             # Seeding from the step leaves no generator state to save for --resume.
             seed = np.random.SeedSequence((self.args.seed, self.progress.global_step, i, self.rank))
-            last = i == len(batches) - 1
-            logits, targets, loss = self.backward(indices, seed, 1 / len(batches), exchange=last)
-            outputs.append((logits, targets))
-            losses.append(float(loss))
-        model.unscale(self.net.parameters())
+            weight = 1 / (len(batches) * len(indices))
+            results += self.replicas.map(partial(self.backward, weight=weight), indices, seed)
+        self.replicas.collect_gradients()
+        model.average_gradients(parameters)
+        model.unscale(parameters)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.optimizer.clear_grad()
-        for logits, targets in outputs:
-            probs = metric.probabilities(logits.astype("float32").numpy())
-            counts.update(metric.decode(probs), targets)
-        return float(np.mean(losses))
+        self.optimizer.clear_grad(set_to_zero=False)
+        for logits, targets, _ in results:
+            counts.update(metric.decode(metric.probabilities(logits)), targets)
+        return sum(loss for _, _, loss in results)
 
-    def backward(self, indices, seed, weight, exchange):
-        """Adds the gradients of weight * loss of a batch to the parameters.
+    def backward(self, net, indices, weight):
+        """Adds the gradients of `weight` times the texts' losses to those of `net`.
 
-        exchange: average them over the ranks, with what has been added before. Without it neither
-        pass may know of the other ranks: the forward pass already prepares the exchange.
+        Returns logits, targets (float32 [texts, classes]) and that loss.
         """
-        paddle.seed(int(seed.generate_state(1)[0]))
         batch = utils.pad([self.train_set[0][i] for i in indices])
         targets = utils.multi_hot([self.train_set[1][i] for i in indices], self.num_labels)
-        silent = self.world_size > 1 and not exchange
-        with self.parallel.no_sync() if silent else contextlib.nullcontext():
-            with model.fast_dropout(seed), paddle.amp.auto_cast(enable=self.args.amp):
-                logits = self.parallel(**{k: paddle.to_tensor(v) for k, v in batch.items()})
-                loss = self.loss_function(logits, paddle.to_tensor(targets))
-            model.scaled_backward(self.scaler.scale(loss * weight))
-        return logits.detach(), targets, loss.detach()
+        with paddle.amp.auto_cast(enable=self.args.amp):
+            logits = net(**{k: paddle.to_tensor(v) for k, v in batch.items()})
+            loss = self.loss_function(logits, paddle.to_tensor(targets)) * (weight * len(indices))
+        model.scaled_backward(self.scaler.scale(loss))
+        return logits.astype("float32").numpy(), targets, float(loss)
 
     def keep_best(self):
         """Evaluates on dev; saves the model if it is the best so far."""
@@ -426,7 +427,8 @@ class Trainer:
         if self.rank == 0:
             self.log.write("eval", progress.global_step, epoch=progress.epoch + 1, **result)
             if progress.stale_epochs == 0:
-                model.save_checkpoint(self.save_dir, self.net, self.tokenizer_dir)
+                weights = self.rows.weights(progress.decay)
+                model.save_checkpoint(self.save_dir, self.net, self.tokenizer_dir, weights)
         self.log_best("Current")
 
     def save_state(self):

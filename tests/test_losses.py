@@ -143,36 +143,3 @@ def test_no_subnormal_numbers_in_the_backward_pass(tiny_model, monkeypatch):
         products = np.concatenate([np.abs(y * gradient).ravel() for y, gradient in seen])
         counts.append(int(((products > 0) & (products < tiny)).sum()))
     assert counts[0] > 0 == counts[1], counts
-
-
-def test_fast_dropout():
-    """The right share is dropped, the rest scaled, backward alike; Paddle's own is back after."""
-    original = F.dropout
-    x = paddle.ones([400, 500])
-    x.stop_gradient = False
-    with models.fast_dropout(1):
-        y = F.dropout(x, 0.3)
-        assert F.dropout(x, 0.3, training=False) is x and F.dropout(x, 0.0) is x
-        assert float(F.dropout(x, 1.0).abs().sum()) == 0
-    assert F.dropout is original
-    y.sum().backward()
-    values = y.numpy()
-    assert np.unique(values) == pytest.approx([0, 1 / 0.7], abs=1e-4)
-    assert (values == 0).mean() == pytest.approx(0.3, abs=0.005)
-    assert values.mean() == pytest.approx(1, abs=0.01)
-    np.testing.assert_array_equal(x.grad.numpy(), values)
-
-
-def test_fast_dropout_is_the_only_one(tiny_model):
-    """A model in training draws nothing from Paddle's generator: NumPy's seed decides alone."""
-    model = build_model(tiny_model, 5)
-    model.train()
-    ids = paddle.to_tensor(np.arange(5, 29).reshape(2, 12))
-
-    def logits(numpy_seed, paddle_seed):
-        paddle.seed(paddle_seed)
-        with models.fast_dropout(numpy_seed), paddle.no_grad():
-            return model(ids, paddle.zeros_like(ids)).numpy()
-
-    np.testing.assert_array_equal(logits(1, 1), logits(1, 2))
-    assert np.abs(logits(1, 1) - logits(2, 1)).max() > 1e-3

@@ -257,9 +257,9 @@ def test_gradients_are_averaged(monkeypatch):
 
 def test_dropout_is_the_fast_one(checkpoint, small_data, tmp_path, monkeypatch):
     """Each step takes its masks from NumPy, with a seed of its own, as in train.py."""
-    seeds, fast_dropout = [], models.fast_dropout
+    seeds, seed_dropout = [], models.seed_dropout
     monkeypatch.setattr(
-        models, "fast_dropout", lambda seed: seeds.append(seed.entropy) or fast_dropout(seed)
+        models, "seed_dropout", lambda seed: seeds.append(seed.entropy) or seed_dropout(seed)
     )
     flags = ["--max_steps", "2", "--width_mult", "1/2"]
     prune.main(argv(small_data, checkpoint, tmp_path, *flags))
