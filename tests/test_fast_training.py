@@ -1,9 +1,14 @@
 """model.py's section on fast training: each formula against Paddle's own, threads, few rows."""
 
+import json
+
+import common
 import numpy as np
 import paddle
 import paddle.nn.functional as F
 import pytest
+import step_profile
+from conftest import SAMPLE
 
 import model as models
 from model import build_model
@@ -269,3 +274,14 @@ def test_rows_that_never_occur(tiny_model, net, weight_decay):
             np.testing.assert_allclose(found[name], value, rtol=1e-6, atol=1e-9)
         else:
             np.testing.assert_array_equal(found[name], value)
+
+
+def test_profile_of_a_step(tiny_model, capsys):
+    flags = {"dataset_dir": SAMPLE, "model_name": tiny_model, "steps": 2, "rows": 4}
+    step_profile.main(common.argv(**flags))
+    processor, *rows = capsys.readouterr().out.splitlines()
+    rows = [json.loads(row) for row in rows]
+    assert processor.startswith("Processor: ") and len(rows) == 5
+    assert rows[0]["operator"] == "all" and rows[0]["wall_ms"] > 0
+    assert {row["operator"] for row in rows[1:]} >= {"matmul dygraph", "addmm dygraph"}
+    assert [row["ms"] for row in rows[1:]] == sorted([row["ms"] for row in rows[1:]], reverse=True)
