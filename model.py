@@ -12,6 +12,7 @@ import os
 import pickle
 import sys
 import tempfile
+import time
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -126,12 +127,7 @@ def all_reduce(array):
 
 def on_rank_0(function, *args):
     """Rank 0's result for all ranks; its UserError is raised by all, so that none waits for it."""
-    result = error = None
-    if dist.get_rank() == 0:
-        try:
-            result = function(*args)
-        except UserError as found:
-            error = str(found)
+    result, error = _outcome(function, args) if dist.get_rank() == 0 else (None, None)
     if dist.get_world_size() > 1:
         shared = [(result, error)]
         dist.broadcast_object_list(shared, src=0)
@@ -139,6 +135,61 @@ def on_rank_0(function, *args):
     if error:
         raise UserError(error)
     return result
+
+
+def _outcome(function, args):
+    """(result, message of a UserError); one of the two is None."""
+    try:
+        return function(*args), None
+    except UserError as error:
+        return None, str(error)
+
+
+def local_rank():
+    """The number of this rank on its machine, from 0."""
+    return int(os.environ.get("PADDLE_RANK_IN_NODE", 0))
+
+
+def on_each_machine(function, *args):
+    """The result of the first rank of each machine for the others there, however long it takes. A
+    UserError of one machine is raised by all ranks of all machines."""
+    own = _outcome(function, args) if local_rank() == 0 else (None, None)
+    outcomes = [own]
+    if dist.get_world_size() > 1:
+        meet()
+        outcomes = []
+        dist.all_gather_object(outcomes, own)
+    for _, error in outcomes:
+        if error:
+            raise UserError(error)
+    return outcomes[dist.get_rank() - local_rank()][0]
+
+
+_meetings = 0  # of this process
+
+
+def meet():
+    """Returns when all ranks have come to this call.
+
+    Unlike a barrier, it may take longer than the 30 seconds after which gloo gives up.
+    """
+    global _meetings
+    _meetings += 1
+    if dist.get_world_size() > 1:
+        store = dist.collective._default_store
+        store.add("meetings", 1)
+        while store.add("meetings", 0) < _meetings * dist.get_world_size():
+            time.sleep(0.1)
+
+
+def read_sets(paths, *settings):
+    """utils.EncodedSet of each data file, encoded once on each machine. settings: see
+    utils.encode_file. Raises UserError on all ranks."""
+
+    def encode_files():
+        return [str(utils.encode_file(path, *settings)) for path in paths]
+
+    return [utils.open_set(folder) for folder in on_each_machine(encode_files)]
 
 
 # -------------------------------------------------------------------------------------- forward
