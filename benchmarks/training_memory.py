@@ -34,6 +34,7 @@ def parse_args(argv=None):
     add("--model_name", required=True, help="as for train.py")
     add("--texts", type=utils.at_least(1), nargs="+", default=[100_000, 1_000_000], help="sizes")
     add("--ranks", type=utils.at_least(1), nargs="+", default=[1, 2], help="numbers of processes")
+    add("--characters", type=utils.at_least(1), help="cut the texts, to save time; None: do not")
     add("--steps", type=utils.at_least(1), default=50, help="steps after which a run is killed")
     add("--work_dir", help="where the data is made; None: a temporary folder")
     add("--share_cache", action="store_true", help="encode once for all --ranks of a size")
@@ -45,7 +46,7 @@ def main(argv=None):
     for texts in args.texts:
         with tempfile.TemporaryDirectory(dir=args.work_dir) as folder:
             folder = Path(folder)
-            megabytes = make_data(folder, Path(args.dataset_dir), texts) / 1e6
+            megabytes = make_data(folder, Path(args.dataset_dir), texts, args.characters) / 1e6
             for ranks in args.ranks:
                 save_dir = folder / f"ranks_{ranks}"
                 cache = folder / "cache" if args.share_cache else None
@@ -55,14 +56,15 @@ def main(argv=None):
                     common.print_row(**row, ranks=ranks, start=start, **found)
 
 
-def make_data(folder, source, texts):
+def make_data(folder, source, texts, characters):
     """Writes a data folder with a training set of this size; returns the bytes of that."""
     for name in ("dev.txt", "label.txt"):
         (folder / name).write_bytes((source / name).read_bytes())
-    lines = (source / "train.txt").read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = (source / "train.txt").read_text(encoding="utf-8").splitlines()
     with open(folder / "train.txt", "w", encoding="utf-8", newline="\n") as file:
         for i, line in enumerate(itertools.islice(itertools.cycle(lines), texts)):
-            file.write(f"{i} {line}")
+            text, labels = line.split("\t")
+            file.write(f"{i} {text[:characters]}\t{labels}\n")
     return (folder / "train.txt").stat().st_size
 
 
