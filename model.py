@@ -16,6 +16,7 @@ import pickle
 import sys
 import tempfile
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from fractions import Fraction
@@ -134,12 +135,7 @@ def all_reduce(array):
 
 def on_rank_0(function, *args):
     """Rank 0's result for all ranks; its UserError is raised by all, so that none waits for it."""
-    result = error = None
-    if dist.get_rank() == 0:
-        try:
-            result = function(*args)
-        except UserError as found:
-            error = str(found)
+    result, error = _outcome(function, args) if dist.get_rank() == 0 else (None, None)
     if dist.get_world_size() > 1:
         shared = [(result, error)]
         dist.broadcast_object_list(shared, src=0)
@@ -149,9 +145,65 @@ def on_rank_0(function, *args):
     return result
 
 
+def _outcome(function, args):
+    """(result, message of a UserError); one of the two is None."""
+    try:
+        return function(*args), None
+    except UserError as error:
+        return None, str(error)
+
+
+def local_rank():
+    """The number of this rank on its machine, from 0."""
+    return int(os.environ.get("PADDLE_RANK_IN_NODE", 0))
+
+
+def on_each_machine(function, *args):
+    """The result of the first rank of each machine for the others there, however long it takes. A
+    UserError of one machine is raised by all ranks of all machines."""
+    own = _outcome(function, args) if local_rank() == 0 else (None, None)
+    outcomes = [own]
+    if dist.get_world_size() > 1:
+        meet()
+        outcomes = []
+        dist.all_gather_object(outcomes, own)
+    for _, error in outcomes:
+        if error:
+            raise UserError(error)
+    return outcomes[dist.get_rank() - local_rank()][0]
+
+
+_meetings = 0  # of this process
+
+
+def meet():
+    """Returns when all ranks have come to this call.
+
+    Unlike a barrier, it may take longer than the 30 seconds after which gloo gives up.
+    """
+    global _meetings
+    _meetings += 1
+    if dist.get_world_size() > 1:
+        store = dist.collective._default_store
+        store.add("meetings", 1)
+        while store.add("meetings", 0) < _meetings * dist.get_world_size():
+            time.sleep(0.1)
+
+
+def read_sets(paths, *settings):
+    """utils.EncodedSet of each data file, encoded once on each machine. settings: see
+    utils.encode_file. Raises UserError on all ranks."""
+
+    def encode_files():
+        return [str(utils.encode_file(path, *settings)) for path in paths]
+
+    return [utils.open_set(folder) for folder in on_each_machine(encode_files)]
+
+
 # -------------------------------------------------------------------------------------- forward
 def dygraph_forward(model):
-    """Forward of a dygraph model; see utils.run_batches."""
+    """Forward of a dygraph model, which it puts into eval mode; see utils.run_batches."""
+    model.eval()
 
     def forward(input_ids, token_type_ids):
         with paddle.no_grad():
@@ -568,6 +620,19 @@ class Replicas:
         finally:
             paddle.base.core.set_num_threads(threads)
 
+    def forward(self, **batch):
+        """Logits of a batch in eval mode; see utils.run_batches."""
+
+        def run(net, rows):
+            return dygraph_forward(net)(**{name: array[rows] for name, array in batch.items()})
+
+        indices = np.arange(len(batch["input_ids"]))
+        shares = self.map(run, indices, np.random.SeedSequence(0))
+        logits = np.empty([len(indices), shares[0].shape[1]], dtype=np.float32)
+        for i, share in enumerate(shares):
+            logits[i :: len(self.nets)] = share
+        return logits
+
     @paddle.no_grad()
     def collect_gradients(self):
         """Adds the gradients of the copies to the model's."""
@@ -747,19 +812,16 @@ def fast_layers():
         yield
 
 
-def evaluate(model, encoded, label_ids, num_labels, batch_size):
+def evaluate(forward, encoded, label_ids, num_labels, batch_size):
     """Dev figures; the ranks share the batches, and the result does not depend on their number.
 
-    Returns {"loss", "micro_f1", "macro_f1"}; loss is the mean over all texts and labels. Leaves the
-    model in eval mode.
+    forward: see utils.run_batches. Returns {"loss", "micro_f1", "macro_f1"}; loss is the mean over
+    all texts and labels.
     """
-    model.eval()
     counts = metric.MultiLabelCounts(num_labels)
     losses = np.zeros(-(-len(encoded) // batch_size), dtype=np.float64)
     share = dist.get_rank(), dist.get_world_size()
-    for batch, indices, logits in utils.run_batches(
-        dygraph_forward(model), encoded, batch_size, *share
-    ):
+    for batch, indices, logits in utils.run_batches(forward, encoded, batch_size, *share):
         targets = utils.multi_hot([label_ids[i] for i in indices], num_labels)
         counts.update(metric.decode(metric.probabilities(logits)), targets)
         losses[batch] = metric.bce_sum(logits, targets)

@@ -9,6 +9,7 @@ the exported bundle for deployments. The method is in prune_trainer.py.
 
 import argparse
 import contextlib
+import shutil
 from fractions import Fraction
 from pathlib import Path
 
@@ -26,6 +27,7 @@ def parse_args(argv=None):
     add("--params_dir", default="./checkpoint/", help="fine-tuned checkpoint")
     add("--output_dir", required=True, help="folder of the pruned models")
     add("--max_seq_length", type=at_least(3), default=128, help="longest sequence in tokens")
+    add("--cache_dir", help="keep the encoded texts there for other runs; None: they are removed")
 
     add = parser.add_argument_group("pruning").add_argument
     add(
@@ -102,7 +104,7 @@ def main(argv=None):
     with contextlib.ExitStack() as stack:
         model.on_rank_0(lock_targets, args, stack)
         labels = read_labels(args, info)
-        train_set, dev_set = read_data(args, labels)
+        train_set, dev_set = read_data(args, labels, stack)
         teacher, _ = model.load_checkpoint(args.params_dir, labels)
         paddle.seed(args.seed)
         logger.info("Pruning starts.")
@@ -133,11 +135,15 @@ def check_widths(widths, num_heads):
             )
 
 
+def target_folder(args, width):
+    return Path(args.output_dir) / str(float(width))
+
+
 def lock_targets(args, stack):
     """The folders of all widths can be written, none is the teacher's, and no other run writes to
     them until `stack` is closed. Raises UserError."""
     for width in args.width_mult:
-        target = Path(args.output_dir) / str(float(width))
+        target = target_folder(args, width)
         if target.resolve() == Path(args.params_dir).resolve():
             raise UserError(f"--output_dir: {target} is the checkpoint itself; give another folder")
         stack.enter_context(utils.run_lock("--output_dir", target, "pruning"))
@@ -159,15 +165,18 @@ def read_labels(args, info):
     return labels
 
 
-def read_data(args, labels):
-    """(train, dev), each (token ids, label ids)."""
-    data, sets = Path(args.dataset_dir), []
+def read_data(args, labels, stack):
+    """(train, dev), see utils.EncodedSet; without --cache_dir they go when `stack` is closed."""
+    data, cache = Path(args.dataset_dir), args.cache_dir
+    if cache is None:
+        cache = target_folder(args, args.width_mult[0]) / utils.CACHE_FOLDER
+        if model.local_rank() == 0:
+            stack.callback(shutil.rmtree, cache, ignore_errors=True)
+    files = [data / "train.txt", data / "dev.txt"]
     tokenizer = utils.load_tokenizer(args.params_dir)
-    for name in ("train.txt", "dev.txt"):
-        texts, label_ids = utils.read_examples(data / name, labels)
-        encoded, cut = utils.encode(texts, tokenizer, args.max_seq_length)
-        utils.log_truncation(cut, len(texts), args.max_seq_length)
-        sets.append((encoded, label_ids))
+    sets = model.read_sets(files, labels, tokenizer, args.max_seq_length, cache)
+    for part in sets:
+        utils.log_truncation(part.cut, len(part[0]), args.max_seq_length)
     return sets
 
 

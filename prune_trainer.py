@@ -48,7 +48,7 @@ def weight_importance(teacher, dataset, num_labels, batch_size):
     def taylor(parameter):
         return (parameter * parameter.grad).numpy().astype(np.float64)
 
-    plan = utils.batches([len(ids) for ids in dataset[0]], batch_size)
+    plan = utils.batches(utils.lengths_of(dataset[0]), batch_size)
     for index in plan[dist.get_rank() :: dist.get_world_size()]:
         batch, targets = make_batch(dataset, index, num_labels)
         model.scaled_backward(F.binary_cross_entropy_with_logits(teacher(**batch), targets))
@@ -183,18 +183,6 @@ def make_batch(dataset, index, num_labels):
     return {k: paddle.to_tensor(v) for k, v in batch.items()}, paddle.to_tensor(targets)
 
 
-def wait_for_rank_0(calls):
-    """Returns when rank 0, too, has come to this call, the `calls`-th one.
-
-    Unlike a barrier, it may take longer than the 30 seconds after which gloo gives up.
-    """
-    if dist.get_world_size() > 1:
-        store = dist.collective._default_store
-        store.add("rank_0", int(dist.get_rank() == 0))
-        while store.add("rank_0", 0) < calls:
-            time.sleep(0.1)
-
-
 def log_evaluation(name, result, seconds):
     logger.info("%s, %s", name, metric.describe(result))
     logger.info("eval done total : %s s", seconds)
@@ -205,13 +193,13 @@ class Pruner:
     """One teacher, any number of widths; each starts from the teacher, none shrinks the next.
 
     args: the flags of prune.py.
-    train_set, dev_set: (token ids, label ids) of the texts.
+    train_set, dev_set: (token ids, label ids) of the texts, see utils.EncodedSet.
     """
 
     def __init__(self, args, teacher, labels, train_set, dev_set):
         self.args, self.teacher, self.labels = args, teacher, labels
         self.train_set, self.dev_set = train_set, dev_set
-        self.num_labels, self.saves = len(labels), 0
+        self.num_labels = len(labels)
         start = time.time()
         result = self.dev_figures(teacher)
         log_evaluation("teacher model", result, time.time() - start)
@@ -224,7 +212,8 @@ class Pruner:
 
     def dev_figures(self, network):
         batch_size = self.args.per_device_eval_batch_size
-        return model.evaluate(network, *self.dev_set, self.num_labels, batch_size)
+        forward = model.dygraph_forward(network)
+        return model.evaluate(forward, *self.dev_set, self.num_labels, batch_size)
 
     def prune(self, width_mult):
         """Distils a student of this width; leaves the best one in its folder, returns its figures.
@@ -240,7 +229,7 @@ class Pruner:
         ]
         supernet = Supernet(self.teacher, width_mult)
         supernet.model.train()
-        lengths = [len(ids) for ids in self.train_set[0]]
+        lengths = utils.lengths_of(self.train_set[0])
         batch_size = args.per_device_train_batch_size
         steps_per_epoch = -(-(-(-len(lengths) // batch_size)) // world_size)
         total_steps = math.ceil(args.num_train_epochs * steps_per_epoch)
@@ -315,8 +304,7 @@ class Pruner:
         if dist.get_rank() == 0:
             set_student_weights(exported, weights)
             self.save(exported, width_mult, {**progress, **result})
-        self.saves += 1
-        wait_for_rank_0(self.saves)
+        model.meet()
         return result
 
     def save(self, student, width_mult, dev_figures):

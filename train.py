@@ -43,7 +43,7 @@ ASL_GAMMA, ASL_MARGIN = 4.0, 0.05  # of the negatives; 0 of the positives; Ridni
 # Flags that may differ between a stopped run and its continuation: they do not change the weights,
 # or it is the content of what they name that counts (see identity_of).
 FREE_FLAGS = {"resume", "logging_steps", "save_steps", "visualdl_dir", "save_dir", "dataset_dir"}
-FREE_FLAGS |= {"model_name", "train_file", "dev_file", "label_file"}
+FREE_FLAGS |= {"model_name", "train_file", "dev_file", "label_file", "cache_dir"}
 
 
 def parse_args(argv=None):
@@ -53,6 +53,7 @@ def parse_args(argv=None):
     add("--train_file", default="train.txt", help="training set")
     add("--dev_file", default="dev.txt", help="development set")
     add("--label_file", default="label.txt", help="label names, one per line")
+    add("--cache_dir", help="keep the encoded texts there for other runs; None: for --resume alone")
 
     add = parser.add_argument_group("model").add_argument
     add(
@@ -134,8 +135,6 @@ def main(argv=None):
     args = parse_args(argv)
     data = Path(args.dataset_dir)
     labels = utils.read_labels(data / args.label_file)
-    texts, label_ids = utils.read_examples(data / args.train_file, labels)
-    dev_texts, dev_label_ids = utils.read_examples(data / args.dev_file, labels)
     model.set_device(args.device)
     rank, _ = model.init_processes()
     if rank > 0:
@@ -150,9 +149,11 @@ def main(argv=None):
         start = start_sha256(net)
         configure(net, args, labels)
         tokenizer = utils.load_tokenizer(tokenizer_dir)
-        encoded, cut = utils.encode(texts, tokenizer, args.max_seq_length)
-        dev_encoded, dev_cut = utils.encode(dev_texts, tokenizer, args.max_seq_length)
-        train_set, dev_set = (encoded, label_ids), (dev_encoded, dev_label_ids)
+        stack.callback(remove_cache, args)
+        cache = args.cache_dir or Path(args.save_dir) / utils.CACHE_FOLDER
+        files = [data / args.train_file, data / args.dev_file]
+        sets = model.read_sets(files, labels, tokenizer, args.max_seq_length, cache)
+        train_set, dev_set = sets
         identity = identity_of(args, start, labels, train_set, dev_set)
         check_identity(identity, model.on_rank_0(lambda: identity), "differ(s) from rank 0's")
         if finished is not None:
@@ -160,13 +161,13 @@ def main(argv=None):
             check_identity(identity, finished, hint)
             logger.info("%s holds a finished run; nothing to resume", args.save_dir)
             return
-        total = len(encoded) + len(dev_encoded)
-        utils.log_truncation(cut + dev_cut, total, args.max_seq_length)
-        for name, ids in (("Train", encoded), ("Dev", dev_encoded)):
-            logger.info("%s set: %d texts, %d tokens", name, len(ids), sum(map(len, ids)))
+        cut, total = sum(part.cut for part in sets), sum(len(part[0]) for part in sets)
+        utils.log_truncation(cut, total, args.max_seq_length)
+        for name, part in zip(("Train", "Dev"), sets):
+            logger.info("%s set: %d texts, %d tokens", name, len(part[0]), part.num_tokens)
         if rank == 0:
             remove_leftovers(Path(args.save_dir))
-        token_ids = np.unique(np.concatenate([[0], *encoded, *dev_encoded]))
+        token_ids = np.unique(np.concatenate([[0], *(part.occurring for part in sets)]))
         rows = model.EmbeddingRows(net, token_ids, args.max_seq_length)
         Trainer(args, net, rows, len(labels), train_set, dev_set, tokenizer_dir, identity).run()
 
@@ -236,7 +237,7 @@ class Trainer:
     """Trains and leaves the best model, the log and the curves in args.save_dir.
 
     rows: model.EmbeddingRows of `net`.
-    train_set, dev_set: (token ids, label ids) of the texts, as lists of arrays and of lists.
+    train_set, dev_set: (token ids, label ids) of the texts, see utils.EncodedSet.
     identity: see identity_of.
     """
 
@@ -249,7 +250,7 @@ class Trainer:
             paddle.distributed.get_world_size(),
         )
         self.save_dir = Path(args.save_dir)
-        self.lengths = [len(ids) for ids in train_set[0]]
+        self.lengths = utils.lengths_of(train_set[0])
         weights = positive_weights(train_set[1], num_labels) if args.pos_weight == "auto" else None
         self.loss_function = make_loss(args.loss, weights)
         self.schedule = None  # a constant learning rate
@@ -304,7 +305,7 @@ class Trainer:
     def log_remedies(self):
         """Two lines for a model that gives no dev text a right label."""
         args, progress = self.args, self.progress
-        if not any(self.dev_set[1]):
+        if not any(map(len, self.dev_set[1])):
             logger.warning("F1 is 0 because no sample of %s has a label", args.dev_file)
             logger.warning("Give a --dev_file with labels; data/check.py counts them")
             return
@@ -338,16 +339,17 @@ class Trainer:
         plan = utils.batches(
             self.lengths, args.batch_size, rng, args.batching, group=self.world_size
         )
-        own = plan[self.rank :: self.world_size]
-        steps = list(utils.chunks(own, args.gradient_accumulation_steps))
+        own, size = plan[self.rank :: self.world_size], args.gradient_accumulation_steps
+        num_steps = -(-len(own) // size)
         counts = metric.MultiLabelCounts(self.num_labels)
         if progress.counts is not None:
             counts = counts.from_array(progress.counts)
         self.replicas.train()
         hidden = True if self.rank else None  # None: hidden where stderr is no terminal
-        bar = tqdm(desc=f"epoch {epoch}", total=len(steps), initial=progress.step, disable=hidden)
+        bar = tqdm(desc=f"epoch {epoch}", total=num_steps, initial=progress.step, disable=hidden)
         since, logged = time.time(), progress.global_step
-        for batches in steps[progress.step :]:
+        for step in range(progress.step, num_steps):
+            batches = own[step * size : (step + 1) * size]
             rate, loss = self.optimizer.get_lr(), self.train_step(batches, counts)
             progress.decay *= 1 - rate * args.weight_decay
             if self.schedule is not None:
@@ -412,7 +414,9 @@ class Trainer:
     def keep_best(self):
         """Evaluates on dev; saves the model if it is the best so far."""
         args, progress = self.args, self.progress
-        result = model.evaluate(self.net, *self.dev_set, self.num_labels, args.batch_size)
+        result = model.evaluate(
+            self.replicas.forward, *self.dev_set, self.num_labels, args.batch_size
+        )
         logger.info(metric.describe(result))
         if not np.isfinite(result["loss"]):
             raise UserError(
@@ -491,7 +495,11 @@ def positive_weights(label_ids, num_labels):
 
     The root, since the whole ratio of a rare label (100 and more) drowns all others.
     """
-    positives = np.bincount([i for ids in label_ids for i in ids], minlength=num_labels)
+    ragged = isinstance(label_ids, utils.Ragged)
+    values = label_ids.values if ragged else [i for ids in label_ids for i in ids]
+    positives = np.zeros(num_labels, dtype=np.int64)
+    for start in range(0, len(values), utils.CHUNK):
+        positives += np.bincount(values[start : start + utils.CHUNK], minlength=num_labels)
     ratio = (len(label_ids) - positives) / np.maximum(positives, 1)
     return np.where(positives > 0, np.maximum(ratio, 1.0) ** 0.5, 1.0).astype(np.float32)
 
@@ -580,9 +588,7 @@ def identity_of(args, start, labels, train_set, dev_set):
     identity["number of processes"] = paddle.distributed.get_world_size()
     identity["label_file"] = sha256(json.dumps(labels).encode())
     identity["model_name"] = start
-    for name, examples in (("train_file", train_set), ("dev_file", dev_set)):
-        rows = (np.array([len(ids), *ids], np.int32) for part in examples for ids in part)
-        identity[name] = sha256(b"".join(row.tobytes() for row in rows))
+    identity["train_file"], identity["dev_file"] = train_set.sha256, dev_set.sha256
     return identity
 
 
@@ -590,6 +596,18 @@ def check_identity(identity, expected, hint):
     changed = [key for key in identity if expected.get(key) != identity[key]]
     if changed:
         raise UserError(f"{', '.join(changed)} {hint}")
+
+
+def remove_cache(args):
+    """The encoded sets in save_dir are for a run that can be continued, so they go with its state.
+
+    Other machines have no state in their save_dir, unless it is the same folder.
+    """
+    save_dir = Path(args.save_dir)
+    if model.local_rank() == 0 and not (save_dir / STATE_FILE).exists():
+        shutil.rmtree(save_dir / utils.CACHE_FOLDER, ignore_errors=True)
+        with contextlib.suppress(OSError):  # not empty
+            save_dir.rmdir()
 
 
 def remove_leftovers(save_dir):

@@ -29,10 +29,12 @@ import threading
 import unicodedata
 import warnings
 import zlib  # noqa: F401  see below
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import tokenizers
 from filelock import FileLock, Timeout
 from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import WordPiece
@@ -50,11 +52,15 @@ ONNX_FILES = {"fp32": "model.onnx", "fp16": "fp16_model.onnx", "int8": "int8_mod
 GRAPH_SUFFIXES = ".pdmodel", ".json"  # of a static graph of Paddle 2 and of Paddle 3
 LOCK_FILE = ".multi_label.lock"
 RUN_FILE = ".multi_label_run"  # .lock and .json: see run_lock
+CACHE_FOLDER = "training_cache"  # of the encoded sets of a run, in the folder that it writes to
+SET_FILE = "set.json"  # of an encoded set; written last
+SET_FORMAT = 1  # of an encoded set; sets of other formats are not read
 SPECIAL_TOKENS = ("[PAD]", "[CLS]", "[SEP]", "[MASK]", "[UNK]")
 BOM = "\ufeff".encode()  # byte order mark
 MAX_REPORTED = 10  # offending lines listed in one error message
 MAX_LINE = 500_000  # bytes; longer than any document, so the file has lost its line ends
 CHUNK = 8192  # texts that are read, encoded and sorted by length at a time
+SET_CHUNK = 1024  # texts of a data file that are encoded and appended to a set at a time
 CHUNK_CELLS = 1 << 22  # fewer with many labels: texts x labels of a chunk (float32: 16 MiB)
 MAX_WORD = 100  # characters; a longer word is [UNK]
 ENCODE_CHARACTERS = 1 << 18  # tokenised at a time: an encoding holds much more than the ids
@@ -257,10 +263,12 @@ class Lines:
     """Iterates over the lines of a UTF-8 file (BOM, LF or CRLF) and collects what is wrong.
 
     A BOM further down (files that were joined) is removed as well, with one warning at the end.
+    watch: a function that gets all bytes that are read. keep: of the messages on what is wrong.
     """
 
-    def __init__(self, path):
-        self.path, self.index, self.problems = path, 0, []
+    def __init__(self, path, watch=None, keep=sys.maxsize):
+        self.path, self.watch, self.keep = path, watch, keep
+        self.index, self.problems, self.num_problems = 0, [], 0
 
     def __iter__(self):
         marks, first_mark = 0, 0
@@ -290,23 +298,31 @@ class Lines:
 
     def _read(self, file):
         try:
-            return file.readline(MAX_LINE)
+            raw = file.readline(MAX_LINE)
         except OSError as error:
             raise UserError(f"{self.path}: cannot be read ({error.strerror})") from error
+        if self.watch:
+            self.watch(raw)
+        return raw
 
     def bad(self, why):
-        self.problems.append(f"{self.path}:{self.index}: {why}")
+        self.num_problems += 1
+        if len(self.problems) < self.keep:
+            self.problems.append(f"{self.path}:{self.index}: {why}")
 
     def check(self):
-        check_problems(self.problems)
+        check_problems(self.problems, self.num_problems)
 
 
-def check_problems(problems):
-    """Raises UserError that lists what is wrong in a file, up to MAX_REPORTED lines."""
+def check_problems(problems, number=None):
+    """Raises UserError that lists what is wrong in a file, up to MAX_REPORTED lines.
+
+    number: of all problems, if `problems` holds only the first ones.
+    """
     if problems:
         shown = problems[:MAX_REPORTED]
-        if len(problems) > MAX_REPORTED:
-            shown.append(f"... and {len(problems) - MAX_REPORTED} more such lines")
+        if (number or len(problems)) > MAX_REPORTED:
+            shown.append(f"... and {(number or len(problems)) - MAX_REPORTED} more such lines")
         raise UserError("\n".join(shown))
 
 
@@ -371,6 +387,55 @@ def check_looks(path, first_line):
         logger.warning(message, path, len(alike), name, first_line[name], what)
 
 
+class Examples(Lines):
+    """Iterates over the (text, class ids) of the good lines of a train, dev or test file.
+
+    index: line number of the last one. blank: blank lines, which are skipped. As `Lines` it
+    collects what is wrong with the others.
+    """
+
+    def __init__(self, path, labels, **settings):
+        super().__init__(path, **settings)
+        self.labels, self.blank = labels, 0
+
+    def __iter__(self):
+        ids, looks, found = {name: i for i, name in enumerate(self.labels)}, {}, False
+        for line in super().__iter__():
+            fields = line.split("\t")
+            if not line.strip() and len(fields) == 1:
+                self.blank += 1
+            elif len(fields) == 1:
+                self.bad("no tab between text and labels (a text without labels ends in a tab)")
+            elif len(fields) > 2:
+                hint = "write text<TAB>label,label and no tab inside the text"
+                if "\r" in line:
+                    hint = "and carriage returns inside the line; save the file with LF line ends"
+                self.bad(f"{len(fields) - 1} tabs; {hint}")
+            elif self.index == 1 and fields == ["text", "label"] and "label" not in ids:
+                continue
+            else:
+                names = [name.strip() for name in fields[1].split(",")] if fields[1].strip() else []
+                unknown = [name for name in names if name not in ids]
+                if unknown:
+                    why = f"it is not among the {len(ids)} label names"
+                    looks = looks or {look_of(name): name for name in ids}
+                    if known := looks.get(look_of(unknown[0])):
+                        why = difference(unknown[0], known, f"the label name '{known}'")
+                        why += "; write both the same way"
+                    self.bad(f"unknown label '{unknown[0]}'; {why}")
+                    continue
+                found = True
+                yield fields[0].strip(), list(dict.fromkeys(ids[name] for name in names))
+        if not found and not self.problems:
+            what = "no samples; write one text<TAB>label,label per line"
+            self.problems.append(f"{self.path}: {what}")
+
+    def check(self):
+        super().check()
+        if self.blank:
+            logger.warning("%s: skipped %d blank line(s)", self.path, self.blank)
+
+
 @dataclass(frozen=True)
 class Scan:
     """A train, dev or test file: its good lines and what is wrong with the others."""
@@ -384,38 +449,12 @@ class Scan:
 
 def scan_examples(path, labels):
     """Reads as `read_examples` does but reports bad lines instead of refusing the file."""
-    ids, looks = {name: i for i, name in enumerate(labels)}, {}
-    lines, texts, label_ids, kept, blank = Lines(path), [], [], [], 0
-    for line in lines:
-        fields = line.split("\t")
-        if not line.strip() and len(fields) == 1:
-            blank += 1
-        elif len(fields) == 1:
-            lines.bad("no tab between text and labels (a text without labels ends in a tab)")
-        elif len(fields) > 2:
-            hint = "write text<TAB>label,label and no tab inside the text"
-            if "\r" in line:
-                hint = "and carriage returns inside the line; save the file with LF line ends"
-            lines.bad(f"{len(fields) - 1} tabs; {hint}")
-        elif lines.index == 1 and fields == ["text", "label"] and "label" not in ids:
-            continue
-        else:
-            names = [name.strip() for name in fields[1].split(",")] if fields[1].strip() else []
-            unknown = [name for name in names if name not in ids]
-            if unknown:
-                why = f"it is not among the {len(labels)} label names"
-                looks = looks or {look_of(name): name for name in labels}
-                if known := looks.get(look_of(unknown[0])):
-                    why = difference(unknown[0], known, f"the label name '{known}'")
-                    why += "; write both the same way"
-                lines.bad(f"unknown label '{unknown[0]}'; {why}")
-                continue
-            texts.append(fields[0].strip())
-            label_ids.append(list(dict.fromkeys(ids[name] for name in names)))
-            kept.append(lines.index)
-    if not texts and not lines.problems:
-        lines.problems.append(f"{path}: no samples; write one text<TAB>label,label per line")
-    return Scan(texts, label_ids, kept, blank, lines.problems)
+    examples, texts, label_ids, lines = Examples(path, labels), [], [], []
+    for text, ids in examples:
+        texts.append(text)
+        label_ids.append(ids)
+        lines.append(examples.index)
+    return Scan(texts, label_ids, lines, examples.blank, examples.problems)
 
 
 def read_examples(path, labels):
@@ -426,11 +465,10 @@ def read_examples(path, labels):
     line that predict.py writes is skipped too, so that its output can be read back.
     Raises UserError that lists up to 10 offending lines.
     """
-    scan = scan_examples(path, labels)
-    check_problems(scan.problems)
-    if scan.blank:
-        logger.warning("%s: skipped %d blank line(s)", path, scan.blank)
-    return scan.texts, scan.label_ids
+    examples = Examples(path, labels)
+    pairs = list(examples)
+    examples.check()
+    return [text for text, _ in pairs], [ids for _, ids in pairs]
 
 
 def read_texts(path):
@@ -621,9 +659,230 @@ def log_truncation(cut, total, max_seq_length, long_text="truncate"):
         logger.info(message + "they were split into windows")
 
 
+# ---------------------------------------------------------------------------------- encoded sets
+class Ragged(Sequence):
+    """Integer arrays of different lengths in one: i is values[offsets[i] : offsets[i + 1]]."""
+
+    def __init__(self, values, offsets, lengths):
+        self.values, self.offsets, self.lengths = values, offsets, lengths
+
+    def __len__(self):
+        return len(self.lengths)
+
+    def __getitem__(self, index):
+        index = range(len(self))[index]
+        return self.values[self.offsets[index] : self.offsets[index + 1]]
+
+
+class EncodedSet(tuple):
+    """(token ids, label ids) of the texts of a data file: two `Ragged`, whose arrays stay in the
+    files of a folder that `encode_file` has written, so that they take no memory.
+
+    num_tokens: in all texts. cut: texts that were cut. sha256: of the token ids and label ids,
+    whatever the file looks like. occurring: the token ids that occur, a sorted array.
+    """
+
+    def __new__(cls, folder, meta):
+        def parts(name):
+            files = [f"{name}.npy", f"{name}_offsets.npy", f"{name}_lengths.npy"]
+            return Ragged(*(np.load(folder / f, mmap_mode="r").view(np.ndarray) for f in files))
+
+        self = super().__new__(cls, (parts("tokens"), parts("labels")))
+        self.num_tokens, self.cut, self.sha256 = (meta[k] for k in ("tokens", "cut", "sha256"))
+        self.occurring = np.load(folder / "occurring.npy")
+        return self
+
+
+def open_set(folder):
+    """The EncodedSet in a folder; None if there is none or a file is missing or cut short."""
+    folder = Path(folder)
+    if not folder.exists():
+        return None
+    try:
+        meta = json.loads((folder / SET_FILE).read_bytes())
+        if all((folder / name).stat().st_size == size for name, size in meta["files"].items()):
+            return EncodedSet(folder, meta)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        pass
+    logger.warning("%s: damaged, so the texts are encoded anew", folder)
+    return None
+
+
+def encode_file(path, labels, tokenizer, max_seq_length, cache):
+    """Encodes a data file as `read_examples` and `encode` do, unless the folder `cache` already
+    holds a set of the same content, labels, tokenizer and length. Returns the folder of the set.
+
+    Memory does not grow with the number of texts. One process writes to a cache at a time, and a
+    set appears whole or not at all. Raises UserError as read_examples does, and if it cannot write.
+    """
+    path, cache, folder = Path(path), Path(cache), None
+    recipe = [SET_FORMAT, sys.byteorder, tokenizers.__version__]
+    recipe += [labels, tokenizer.to_str(), max_seq_length]
+
+    def folder_of(digest):
+        return cache / hashlib.sha256(json.dumps([*recipe, digest]).encode()).hexdigest()
+
+    def is_there():
+        if folder is None or open_set(folder) is None:
+            return False
+        logger.info("%s: encoded before, in %s", path, folder)
+        return True
+
+    if path.is_file():  # a pipe can be read only once
+        folder = folder_of(sha256(path))
+        if is_there():
+            return folder
+    try:
+        with _made_folder(cache), _cache_lock(cache):
+            if is_there():  # by now
+                return folder
+            for leftover in cache.glob(".*.tmp"):  # of a killed process
+                shutil.rmtree(leftover)
+            temporary = cache / f".{os.getpid()}.tmp"
+            temporary.mkdir()
+            try:
+                logger.info("%s: encoding it into %s", path, cache)
+                folder = folder_of(_write_set(temporary, path, labels, tokenizer, max_seq_length))
+                if folder.exists():  # damaged, or that of a pipe
+                    shutil.rmtree(folder)
+                os.replace(temporary, folder)
+                fsync(cache)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+    except OSError as error:
+        reason = error.strerror or error
+        hint = "free some space there or give another --cache_dir"
+        raise UserError(f"cannot write encoded texts to {cache}: {reason}; {hint}") from error
+    return folder
+
+
+@contextlib.contextmanager
+def _cache_lock(cache):
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(folder_lock(cache, timeout=0))
+        except Timeout:
+            logger.info("%s: waiting for another process that encodes texts", cache)
+            stack.enter_context(folder_lock(cache))
+        yield
+
+
+def _write_set(folder, path, labels, tokenizer, max_seq_length):
+    """Writes the files of an EncodedSet; returns the SHA-256 of the data file's content."""
+    content, ids_digest, cut = hashlib.sha256(), hashlib.sha256(), 0
+    occurs = np.zeros(max(tokenizer.get_vocab().values()) + 1, dtype=bool)
+    size = path.stat().st_size if path.is_file() else None
+    bar = tqdm(desc=path.name, total=size, unit="B", unit_scale=True, leave=False, disable=None)
+
+    def watch(raw):
+        content.update(raw)
+        bar.update(len(raw))
+
+    examples = Examples(path, labels, watch=watch, keep=MAX_REPORTED)
+    with bar, contextlib.ExitStack() as stack:
+        tokens = stack.enter_context(_RaggedWriter(folder, "tokens", len(occurs)))
+        classes = stack.enter_context(_RaggedWriter(folder, "labels", len(labels)))
+        for chunk in chunks(examples, SET_CHUNK):
+            if examples.problems:
+                continue  # what counts now is the number of bad lines
+            texts, label_ids = zip(*chunk)
+            encoded, long = encode(texts, tokenizer, max_seq_length)
+            cut += long
+            values, lengths = np.concatenate(encoded), lengths_of(encoded)
+            tokens.append(values, lengths)
+            ids_digest.update(_rows(values, lengths))
+            occurs[values] = True
+            values = np.fromiter(itertools.chain.from_iterable(label_ids), np.int64)
+            classes.append(values, lengths_of(label_ids))
+        examples.check()
+    label_ids = Ragged(*(np.load(file, mmap_mode="r") for file in classes.paths))
+    for start in range(0, len(label_ids), SET_CHUNK):
+        stop = min(start + SET_CHUNK, len(label_ids))
+        first, last = label_ids.offsets[[start, stop]]
+        ids_digest.update(_rows(label_ids.values[first:last], label_ids.lengths[start:stop]))
+    np.save(folder / "occurring.npy", np.flatnonzero(occurs))
+    for file in folder.iterdir():
+        fsync(file)
+    meta = {"tokens": tokens.num_values, "cut": cut, "sha256": ids_digest.hexdigest()}
+    meta["files"] = {file.name: file.stat().st_size for file in folder.iterdir()}
+    with atomic_file(folder / SET_FILE) as file:
+        json.dump(meta, file)
+    return content.hexdigest()
+
+
+def _rows(values, lengths):
+    """What a set's SHA-256 is taken of: the bytes of int32 [length, *values] of each array."""
+    starts = np.cumsum(lengths, dtype=np.int64) - lengths + np.arange(len(lengths))
+    rows = np.empty(len(values) + len(lengths), dtype=np.int32)
+    is_value = np.ones(len(rows), dtype=bool)
+    is_value[starts] = False
+    rows[starts], rows[is_value] = lengths, values
+    return rows.tobytes()
+
+
+class _RaggedWriter:
+    """Appends to the .npy files of a `Ragged` of integers below `limit`."""
+
+    def __init__(self, folder, name, limit):
+        self.paths = [folder / f"{name}{part}.npy" for part in ("", "_offsets", "_lengths")]
+        self.dtypes = [np.min_scalar_type(limit - 1), np.dtype(np.int64), np.dtype(np.int32)]
+        self.num_values = self.num_arrays = 0
+
+    def __enter__(self):
+        self.stack = contextlib.ExitStack()
+        self.files = [self.stack.enter_context(open(path, "wb")) for path in self.paths]
+        self._write_headers()
+        self.files[1].write(bytes(8))  # the first offset
+        return self
+
+    def __exit__(self, *error):
+        with self.stack:
+            self._write_headers()
+
+    def _write_headers(self):
+        """NumPy pads a header, so that its size does not depend on the number of elements."""
+        sizes = self.num_values, self.num_arrays + 1, self.num_arrays
+        for file, dtype, size in zip(self.files, self.dtypes, sizes):
+            file.seek(0)
+            header = {"descr": dtype.str, "fortran_order": False, "shape": (size,)}
+            np.lib.format.write_array_header_1_0(file, header)
+
+    def append(self, values, lengths):
+        offsets = self.num_values + np.cumsum(lengths, dtype=np.int64)
+        for file, dtype, array in zip(self.files, self.dtypes, (values, offsets, lengths)):
+            file.write(array.astype(dtype).tobytes())
+        self.num_values, self.num_arrays = int(offsets[-1]), self.num_arrays + len(lengths)
+
+
+def lengths_of(encoded):
+    """The lengths of arrays or lists, an int array."""
+    if isinstance(encoded, Ragged):
+        return encoded.lengths
+    return np.fromiter(map(len, encoded), np.int64, len(encoded))
+
+
 # --------------------------------------------------------------------------------------- batch
+class Batches(Sequence):
+    """Index arrays of batches, cut out of the order of all texts when they are asked for.
+
+    numbers: which batches of that order, in which order; a slice is another such sequence.
+    """
+
+    def __init__(self, order, batch_size, numbers):
+        self.order, self.batch_size, self.numbers = order, batch_size, numbers
+
+    def __len__(self):
+        return len(self.numbers)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return Batches(self.order, self.batch_size, self.numbers[index])
+        start = self.batch_size * int(self.numbers[index])
+        return self.order[start : start + self.batch_size]
+
+
 def batches(lengths, batch_size, rng=None, batching="sorted", group=1, window=50):
-    """Index arrays of one pass over the data.
+    """Index arrays of one pass over the data, a `Batches`.
 
     Without `rng` (evaluation) the longest texts come first. With `rng` (training) the order is
     shuffled; `batching="sorted"` then sorts by length inside windows of `window` batches, so that
@@ -631,19 +890,20 @@ def batches(lengths, batch_size, rng=None, batching="sorted", group=1, window=50
     the ranks of one training step; the last group is filled up with the first batches.
     """
     lengths = np.asarray(lengths)
+    dtype = np.int32 if len(lengths) <= np.iinfo(np.int32).max else np.int64
+    numbers = np.arange(-(-len(lengths) // batch_size))
     if rng is None:
-        order = np.argsort(-lengths, kind="stable")
-        return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    order = rng.permutation(len(lengths))
+        order = np.argsort(-lengths, kind="stable").astype(dtype)
+        return Batches(order, batch_size, numbers)
+    order = np.arange(len(lengths), dtype=dtype)
+    rng.shuffle(order)
     if batching == "sorted":
         # Windows of equal size: a small last one would hold texts of all lengths.
         num_windows = -(-len(order) // (window * batch_size * group))
-        parts = np.array_split(order, num_windows)
-        order = np.concatenate([p[np.argsort(lengths[p], kind="stable")] for p in parts])
-    result = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    result += (result * group)[: -len(result) % group]
-    groups = [result[i : i + group] for i in range(0, len(result), group)]
-    return [batch for i in rng.permutation(len(groups)) for batch in groups[i]]
+        for part in np.array_split(order, num_windows):  # views of it
+            part[:] = part[np.argsort(lengths[part], kind="stable")]
+    groups = np.resize(numbers, (-(-len(numbers) // group), group))  # repeats the first batches
+    return Batches(order, batch_size, groups[rng.permutation(len(groups))].ravel())
 
 
 def pad(sequences):
@@ -659,7 +919,7 @@ def run_batches(forward, encoded, batch_size, rank=0, world_size=1, desc=None):
 
     With `desc` a progress bar of that name is shown, on a terminal only.
     """
-    plan = batches([len(ids) for ids in encoded], batch_size)
+    plan = batches(lengths_of(encoded), batch_size)
     for batch, indices in enumerate(tqdm(plan, desc, leave=False, disable=None if desc else True)):
         if batch % world_size == rank:
             yield batch, indices, forward(**pad([encoded[i] for i in indices]))

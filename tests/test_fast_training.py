@@ -217,6 +217,16 @@ def test_a_share_may_be_missing(net, two_cores):
     assert gradients_of(net)
 
 
+@pytest.mark.parametrize("texts", [1, 3, 4])
+def test_forward_of_the_copies(net, two_cores, texts):
+    """The logits of a batch in its own order, in eval mode."""
+    net.train()
+    replicas = models.Replicas(net, 4)
+    batch = {"input_ids": PADDED[:texts], "token_type_ids": np.zeros_like(PADDED[:texts])}
+    found = replicas.forward(**batch)
+    np.testing.assert_allclose(found, models.dygraph_forward(net)(**batch), rtol=1e-5, atol=1e-6)
+
+
 def test_threads_leave_no_trace(net, two_cores, monkeypatch):
     """The same bits as one share after the other, also after many steps with dropout."""
 
