@@ -337,16 +337,6 @@ def test_predict_speed_benchmark(small_data, checkpoint, capsys):
     assert result["texts_with_other_labels"] == 0 and result["largest_logit_difference"] < 1e-4
 
 
-def test_training_speed_benchmark(tiny_model, capsys):
-    import training_speed
-
-    flags = ["--dataset_dir", str(REPO / "data"), "--model_name", str(tiny_model)]
-    training_speed.main([*flags, "--texts", "128", "--rounds", "1"])
-    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [row["system"] for row in rows] == list(training_speed.SYSTEMS)
-    assert all(row["samples_per_second"] > 0 for row in rows)
-
-
 @pytest.fixture
 def one_process(monkeypatch):
     """The benchmarks run scripts in this process: each new one takes seconds to import Paddle."""
