@@ -195,18 +195,13 @@ def write_page(args, info, reports, texts, label_ids, kept):
     """The HTML page of the dev set."""
     import report  # scikit-learn takes a second to import
 
-    rule = f"probability > {metric.DEFAULT_THRESHOLD} (default)"
-    if info.thresholds is not None:
-        rule = "probability > the label's tuned threshold (on the set they come from: optimistic)"
-    if info.min_labels or info.max_labels is not None:
-        rule += "".join(f"; {name} {value}" for name, value in info.limits.items())
-    about = {
-        "Set": str(Path(args.dataset_dir) / args.dev_file),
-        "Checkpoint": args.params_path,
-        "Decision rule": rule,
-        "Texts": str(len(texts)),
-        "Labels": str(kept.probs.shape[1]),
-    }
+    about = [
+        (("数据集", "Set"), str(Path(args.dataset_dir) / args.dev_file)),
+        (("模型", "Checkpoint"), args.params_path),
+        (("判定规则", "Decision rule"), report.decision_rule(info)),
+        (("文本数", "Texts"), len(texts)),
+        (("标签数", "Labels"), len(info.labels)),
+    ]
     if "tuned" in reports:
         reports = {**reports, "out_of_sample": reports["tuned"]["out_of_sample"]}
     used = info.thresholds or [metric.DEFAULT_THRESHOLD] * kept.probs.shape[1]
