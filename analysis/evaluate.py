@@ -1,6 +1,7 @@
-"""Evaluate a checkpoint per class, list what it gets wrong, tune thresholds.
+"""Evaluate a checkpoint per class, list what it gets wrong, tune thresholds; compare models.
 
 python evaluate.py --device cpu --dataset_dir ../data --params_path ../checkpoint
+python evaluate.py --device cpu --dataset_dir ../data --compare ../checkpoint ../export/float32:int8
 """
 
 import json
@@ -21,6 +22,9 @@ from utils import UserError, logger
 model = utils.LazyModule("model")
 
 FOLDS = 5  # of the cross-validation of thresholds
+# What belongs to one model, and what to several.
+ALONE = "params_path bad_case_path tune_thresholds tune_for save_thresholds".split()
+COMPARED = "changed_path resamples seed".split()
 CELL_BYTES = 6  # per text and label of what is kept: a probability, a target, a fold's copy
 
 
@@ -49,7 +53,22 @@ def parse_args(argv=None):
         help="what tuning raises; both: macro and micro F1 together",
     )
     add("--save_thresholds", action="store_true", help="store the tuned ones in the checkpoint")
+    add = parser.add_argument_group("comparison of models").add_argument
+    models = (
+        "two or more models instead of --params_path: checkpoints, or prefixes of bundles such "
+    )
+    models += "as export/float32 or export/float32:int8; the first is what others are compared with"
+    add("--compare", nargs="+", metavar="MODEL", help=models)
+    changed = "dev texts that the compared models label differently"
+    add("--changed_path", default="./changed.txt", help=changed)
+    add("--resamples", type=utils.at_least(1), default=1000, help="of the bootstrap intervals")
+    add("--seed", type=utils.at_least(0), default=3, help="seed of the resamples")
     args = parser.parse_args(argv)
+    for name in ALONE if args.compare else COMPARED:
+        if getattr(args, name) != parser.get_default(name):
+            if args.compare:
+                raise UserError(f"--compare takes no --{name}; leave it out")
+            raise UserError(f"--{name} needs --compare")
     if args.save_thresholds and not args.tune_thresholds:
         raise UserError("--save_thresholds needs --tune_thresholds")
     if args.tune_for != "macro_f1" and not args.tune_thresholds:
@@ -59,6 +78,11 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
+    if args.compare:
+        import compare  # scikit-learn takes a second to import
+
+        compare.run(args)
+        return
     data = Path(args.dataset_dir)
     info = utils.read_model_info(args.params_path)
     limits = {"min_labels": args.min_labels, "max_labels": args.max_labels}

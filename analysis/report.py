@@ -161,10 +161,14 @@ def decision_rule(info):
 
 def figure(value, form):
     """A number of a table as text; form: "%" for percent, "+%" for percentage points with a sign,
-    else a format. nan: a dash."""
+    else a format. nan: a dash. A str, which may begin with a number, stays as it is."""
+    if isinstance(value, str):
+        return value
     if np.isnan(value):
         return "–"
-    return f"{100 * value:{form[:-1]}.2f}" if form.endswith("%") else format(value, form)
+    if form.endswith("%"):
+        return f"{round(100 * value, 2) + 0.0:{form[:-1]}.2f}"  # + 0.0: no -0.00
+    return format(value, form)
 
 
 def sort_key(title, table):

@@ -235,7 +235,10 @@ def test_long_texts_are_shortened():
     targets, probs = random_set(3, 2)
     html = render(targets, 1 - targets.astype(np.float32), list("ab"), texts=["文" * 400_000] * 3)
     assert len(html) < 50_000 and f"{'文' * 2000} …<" in html
-    for language, note in (("zh", "（共 400000 个字符）真实："), ("en", " (400000 characters)Gold: ")):
+    for language, note in (
+        ("zh", "（共 400000 个字符）真实："),
+        ("en", " (400000 characters)Gold: "),
+    ):
         article = Page(html, language).articles[0]
         assert article.startswith(f"{'文' * 2000} …{note}")
 
