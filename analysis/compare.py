@@ -23,7 +23,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "deploy" / "pred
 import differences
 import report
 
-import metric
 import utils
 from utils import UserError, logger
 
@@ -181,7 +180,7 @@ def label_in_turns(labellers, orders, texts):
     for labeller in labellers:
         labeller.decide(longest)
         labeller.counts = dict.fromkeys(utils.COUNTS, 0)
-    size = min(first.chunk_size, max(8 * first.batch_size, -(-len(texts) // PARTS)))
+    size = min(first.chunk_size, max(4 * first.batch_size, -(-len(texts) // PARTS)))
     bounds = np.linspace(0, len(texts), 1 + -(-len(texts) // size)).astype(int)
     given, seconds = [[] for _ in labellers], np.zeros((len(bounds) - 1, len(labellers)))
     for part in tqdm(range(len(seconds)), "parts", leave=False, disable=None):
@@ -338,14 +337,14 @@ def of_label(row):
 
 # -------------------------------------------------------------------------------------------- page
 def render(models, result, labels, texts, label_ids, given, changed):
-    """The HTML page as a str. result: what --json_path gets; changed: texts in order of interest."""
-    where = {"device": result["device"], "n": result["cores"]}
-    cores = report.both("{device}，{n} 核", "{device}, {n} core(s)", **where)
+    """The HTML page as a str. result: what --json_path gets; changed: indices of texts."""
+    cores = {"n": result["cores"], "cores": "core" if result["cores"] == 1 else "cores"}
+    processor = report.both("{on}，{n} 核", "{on}, {n} {cores}", on=result["device"], **cores)
     about = [
         (("数据集", "Set"), result["dev"]),
         (("文本数", "Texts"), len(texts)),
         (("标签数", "Labels"), len(labels)),
-        (("处理器", "Processor"), cores),
+        (("处理器", "Processor"), processor),
     ]
     bounds = [
         abs(bound)
@@ -353,12 +352,11 @@ def render(models, result, labels, texts, label_ids, given, changed):
         for found in one["difference"].values()
         for bound in found["f1_interval"]
     ]
-    columns, cases = [class_ids(one) for one in given], []
-    for i in changed[: report.CASES]:
-        gold = set(label_ids[i])
-        rows = [(one.name, column[i].tolist()) for one, column in zip(models, columns)]
-        wrong = [gold.symmetric_difference(ids) for _, ids in rows]
-        cases.append((texts[i], label_ids[i], [(*row, ids) for row, ids in zip(rows, wrong)]))
+    columns = [class_ids(one) for one in given]
+    cases = [
+        (texts[i], *case(models, label_ids[i], [column[i].tolist() for column in columns]))
+        for i in changed[: report.CASES]
+    ]
     return report.fill_page(
         "comparison.html",
         {
@@ -371,6 +369,21 @@ def render(models, result, labels, texts, label_ids, given, changed):
             "edge": max(bounds) or 1,
             "labels": labels,
             "num_changed": len(changed),
+            "num_same": sum(not any(row["gained"] + row["lost"]) for row in result["classes"]),
             "cases": cases,
         },
     )
+
+
+def case(models, gold, given):
+    """What became of a text, its gold labels, and [(models, their labels, missed labels)].
+
+    gold, given (of each model): class ids. Models with the same labels share a row.
+    """
+    wrong = [len(set(gold).symmetric_difference(ids)) for ids in given]
+    kind = "worse" if max(wrong) > wrong[0] else "better" if min(wrong) < wrong[0] else "same"
+    rows = {}
+    for one, ids in zip(models, given):
+        rows.setdefault(tuple(ids), []).append(one.name)
+    missed = [[i for i in gold if i not in ids] for ids in rows]
+    return kind, gold, [(", ".join(rows[ids]), ids, left) for ids, left in zip(rows, missed)]

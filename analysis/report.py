@@ -197,9 +197,10 @@ def fill_page(name, values):
 def render(about, reports, texts, label_ids, predicted, probs, thresholds):
     """The whole page as a str.
 
-    about: [((Chinese, English) title, value)] for the head. reports: MultiLabelCounts.report() of "dev" and, if wanted,
-    of "train" and "out_of_sample" (tuned thresholds). The rest is dev's: texts, label_ids and
-    predicted (class ids per text), probs float32 [texts, classes], thresholds [classes].
+    about: [((Chinese, English) title, value)] for the head. reports: MultiLabelCounts.report() of
+    "dev" and, if wanted, of "train" and "out_of_sample" (tuned thresholds). The rest is dev's:
+    texts, label_ids and predicted (class ids per text), probs float32 [texts, classes], thresholds
+    [classes].
     """
     classes, thresholds = reports["dev"]["classes"], np.asarray(thresholds, dtype=np.float32)
     labels, tuned = [row["label"] for row in classes], reports.get("out_of_sample")
