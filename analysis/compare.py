@@ -95,7 +95,8 @@ def split_spec(spec, device):
         path, precision = spec, None
     where, folder = f"--compare {spec}", Path(path)
     if folder.is_dir():
-        if (folder / utils.WEIGHTS_FILE).exists() or not list(folder.glob("*.onnx")):
+        graphs = [*folder.glob("*.onnx"), *folder.glob("*.pdiparams")]
+        if (folder / utils.WEIGHTS_FILE).exists() or not graphs:
             if precision:
                 raise UserError(
                     f"{where}: a checkpoint has no precision; run export_model.py on it, and give "
@@ -103,9 +104,9 @@ def split_spec(spec, device):
                 )
             return path, None
         raise UserError(f"{where}: a bundle's folder; give the prefix of its files, {path}/float32")
-    graphs = [str(file.with_suffix("")) for file in sorted(folder.parent.glob("*.pdiparams"))]
-    if graphs and path not in graphs:
-        raise UserError(f"{where}: no such static graph; there is {', '.join(graphs)}")
+    graphs = [file.with_suffix("") for file in sorted(folder.parent.glob("*.pdiparams"))]
+    if graphs and folder not in graphs:
+        raise UserError(f"{where}: no such bundle; there is {', '.join(map(str, graphs))}")
     if not (folder.parent / utils.CONFIG_FILE).exists():
         raise UserError(f"{where}: neither a checkpoint folder nor a bundle's prefix is there")
     kind, _, number = device.partition(":")
