@@ -214,7 +214,7 @@ def run(args):
         warn(one, labeller)
     gold = report.indicator(label_ids, len(labels))
     result = {
-        "dev": str(dev),
+        "dev": utils.printable(str(dev)),
         "samples": len(texts),
         "bootstrap": {"percent": differences.LEVEL, "resamples": args.resamples, "seed": args.seed},
         "device": device_name(args.device),
@@ -255,7 +255,7 @@ def cost(one, seconds, i, num_texts):
     total, ratios = seconds.sum(axis=0), seconds[:, 0] / seconds[:, i]
     return {
         "name": one.name,
-        "model": one.spec,
+        "model": utils.printable(one.spec),
         "engine": one.engine,
         "max_seq_length": one.info.max_seq_length,
         "bytes": sum(file.stat().st_size for file in one.files()),
@@ -315,7 +315,7 @@ def log_result(result):
         result["bootstrap"],
     )
     logger.info(
-        "Speed: one run in turns, in %(parts)d parts, on %(device)s, %(cores)d core(s)", result
+        "Speed: one run, in turns (parts: %(parts)d), on %(device)s, cores: %(cores)d", result
     )
 
 
