@@ -29,8 +29,8 @@ from utils import UserError, logger
 model = utils.LazyModule("model")
 predictor = utils.LazyModule("predictor")
 
-PARTS = 6  # of the dev set, on which the models take turns; more if a part would be a chunk
-WARM_UP = 2  # batches before the clock starts, the longest of the data
+PARTS = 6  # of the texts, on which the models take turns
+TIMED = 3000  # texts that are enough to measure the speed
 SHOWN = 20  # changed labels in the log
 VERDICTS = {
     "same": ("标签完全相同", "the same labels"),
@@ -170,29 +170,35 @@ def device_name(device):
 
 
 # --------------------------------------------------------------------------------------- decisions
-def label_in_turns(labellers, orders, texts):
-    """Labels the texts with every model, part by part, and takes the time.
+def decisions_of(labeller, labels, texts):
+    """What a model gives, as predict.py and infer.py do: 0/1 CSR [texts, classes], the classes in
+    the order of `labels`."""
+    place = {name: i for i, name in enumerate(labeller.info.labels)}
+    order = [place[name] for name in labels]
+    chunks = labeller.stream(texts)
+    parts = [sparse.csr_matrix(decisions[:, order].astype(np.int32)) for _, decisions, _ in chunks]
+    return sparse.vstack(parts, "csr")
 
-    orders: of each model, where its logits have the labels of the first one. Returns (decisions of
-    each model, 0/1 CSR [texts, classes]; seconds [parts, models]).
+
+def time_in_turns(labellers, texts):
+    """Seconds of every model for one part of the texts after the other, [parts, models], and the
+    number of these texts.
+
+    What else runs on the machine then slows all of them, and each comes first as often. Long sets
+    are represented by TIMED texts.
     """
-    first = labellers[0]
-    longest = sorted(texts, key=len, reverse=True)[: WARM_UP * first.batch_size]
-    for labeller in labellers:
-        labeller.decide(longest)
-        labeller.counts = dict.fromkeys(utils.COUNTS, 0)
-    size = min(first.chunk_size, max(4 * first.batch_size, -(-len(texts) // PARTS)))
-    bounds = np.linspace(0, len(texts), 1 + -(-len(texts) // size)).astype(int)
-    given, seconds = [[] for _ in labellers], np.zeros((len(bounds) - 1, len(labellers)))
-    for part in tqdm(range(len(seconds)), "parts", leave=False, disable=None):
-        chunk = texts[bounds[part] : bounds[part + 1]]
+    chosen = np.linspace(0, len(texts) - 1, min(len(texts), TIMED)).astype(int)
+    size = max(4 * labellers[0].batch_size, -(-len(chosen) // PARTS))
+    parts = np.array_split(chosen, -(-len(chosen) // size))
+    seconds = np.zeros((len(parts), len(labellers)))
+    for number, part in enumerate(tqdm(parts, "speed", leave=False, disable=None)):
+        chunk = [texts[i] for i in part]
         turns = list(enumerate(labellers))
-        for i, labeller in turns if part % 2 == 0 else turns[::-1]:
+        for i, labeller in turns if number % 2 == 0 else turns[::-1]:
             start = time.perf_counter()
-            decisions, _ = labeller.decide(chunk)
-            seconds[part, i] = time.perf_counter() - start
-            given[i].append(sparse.csr_matrix(decisions[:, orders[i]].astype(np.int32)))
-    return [sparse.vstack(parts, "csr") for parts in given], seconds
+            labeller.decide(chunk)
+            seconds[number, i] = time.perf_counter() - start
+    return seconds, len(chosen)
 
 
 # -------------------------------------------------------------------------------------------- main
@@ -207,11 +213,13 @@ def run(args):
         inputs += [*utils.model_files(one.folder), *one.folder.glob("*.onnx")]
     utils.check_outputs(outputs, inputs)
     labellers = [one.load(args) for one in models]
-    places = [{name: i for i, name in enumerate(one.info.labels)} for one in models]
-    orders = [[place[name] for name in labels] for place in places]
-    given, seconds = label_in_turns(labellers, orders, texts)
+    given = []
     for one, labeller in zip(models, labellers):
+        labeller.desc = one.name
+        given.append(decisions_of(labeller, labels, texts))
         warn(one, labeller)
+        labeller.desc = None
+    seconds, num_timed = time_in_turns(labellers, texts)
     gold = report.indicator(label_ids, len(labels))
     result = {
         "dev": utils.printable(str(dev)),
@@ -219,10 +227,10 @@ def run(args):
         "bootstrap": {"percent": differences.LEVEL, "resamples": args.resamples, "seed": args.seed},
         "device": device_name(args.device),
         "cores": utils.num_cores(),
-        "parts": len(seconds),
+        "timed": {"texts": num_timed, "parts": len(seconds)},
         **differences.figures(labels, gold, given, args.resamples, args.seed),
     }
-    costs = [cost(one, seconds, i, len(texts)) for i, one in enumerate(models)]
+    costs = [cost(one, seconds, i, num_timed) for i, one in enumerate(models)]
     result["models"] = [{**a, **b} for a, b in zip(costs, result["models"])]
     log_result(result)
     changed = differences.changed_texts(gold, given)
@@ -314,9 +322,8 @@ def log_result(result):
         "Intervals: %(percent)d%%, paired bootstrap, %(resamples)d resamples of the texts",
         result["bootstrap"],
     )
-    logger.info(
-        "Speed: one run, in turns (parts: %(parts)d), on %(device)s, cores: %(cores)d", result
-    )
+    message = "Speed: one run on %d texts, in turns (parts: %d), on %s, cores: %d"
+    logger.info(message, *result["timed"].values(), result["device"], result["cores"])
 
 
 def with_interval(found, form="%"):

@@ -15,6 +15,7 @@ import pytest
 import report
 import test_report
 from browser import Browser
+from predictor import Predictor
 from scipy import sparse
 from sklearn.metrics import f1_score
 from test_report import HOSTILE, HOSTILE_TEXT, Page
@@ -128,39 +129,36 @@ def test_many_texts_and_labels():
 
 
 class Fake:
-    """A labeller that gives a text the labels it names, and takes a second for each text."""
+    """A labeller that takes a second for so many texts."""
 
-    batch_size, chunk_size = 1, 8192
+    batch_size = 1
 
-    def __init__(self, name, labels, clock, speed):
-        self.name, self.labels, self.clock, self.speed = name, labels, clock, speed
+    def __init__(self, name, clock, speed):
+        self.name, self.clock, self.speed = name, clock, speed
 
     def decide(self, texts):
         self.clock.now += len(texts) / self.speed
         self.clock.calls.append((self.name, texts))
-        return np.array([[label in text for label in self.labels] for text in texts]), None
 
 
 def test_models_take_turns(monkeypatch):
-    """Part by part, in alternating order, on the same texts; labels by name."""
-    clock = SimpleNamespace(now=0.0, calls=[])
-    monkeypatch.setattr(compare, "time", SimpleNamespace(perf_counter=lambda: clock.now))
-    texts = ["a", "bb", "ab", "c", "ca", "cb", "abc", "", "b", "a", "ccccc", "acb", "a"]
-    labellers = [Fake("A", "abc", clock, 4), Fake("B", "cab", clock, 2)]
-    given, seconds = compare.label_in_turns(labellers, [[0, 1, 2], [1, 2, 0]], texts)
-    expected = [[label in text for label in "abc"] for text in texts]
-    for one in given:
-        assert (one.toarray() == expected).all()
-    assert clock.calls[:2] == [("A", ["ccccc", "abc"]), ("B", ["ccccc", "abc"])]  # to warm up
-    calls = clock.calls[2:]
-    assert "".join(name for name, _ in calls) == "ABBAABBA"
-    for name in "AB":
-        assert sum((part for n, part in calls if n == name), []) == texts
-    sizes = [len(part) for n, part in calls if n == "A"]
-    assert seconds.tolist() == [[n / 4, n / 2] for n in sizes] and max(sizes) - min(sizes) <= 1
+    """On the same parts, in alternating order; of many texts some are enough."""
+    monkeypatch.setattr(compare, "TIMED", 22)
+    for number, parts in ((13, 4), (64, 6)):
+        clock = SimpleNamespace(now=0.0, calls=[])
+        monkeypatch.setattr(compare, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+        texts = list(map(str, range(number)))
+        fakes = [Fake("A", clock, 4), Fake("B", clock, 2)]
+        seconds, timed = compare.time_in_turns(fakes, texts)
+        assert timed == min(number, 22) and seconds.shape == (parts, 2)
+        assert "".join(name for name, _ in clock.calls) == ("ABBA" * parts)[: 2 * parts]
+        used = [sum((part for n, part in clock.calls if n == name), []) for name in "AB"]
+        assert used[0] == used[1] == (texts if number < 22 else texts[::3])
+        sizes = [len(part) for name, part in clock.calls if name == "A"]
+        assert seconds.tolist() == [[n / 4, n / 2] for n in sizes] and max(sizes) - min(sizes) <= 1
     one = SimpleNamespace(name="B", spec="b", engine="", files=list)
     one.info = SimpleNamespace(max_seq_length=8)
-    cost = compare.cost(one, seconds, 1, len(texts))
+    cost = compare.cost(one, seconds, 1, timed)
     assert cost["texts_per_second"] == 2 and cost["speed_ratio"] == 0.5
     assert cost["speed_ratio_of_parts"] == [0.5, 0.5]
 
@@ -277,10 +275,18 @@ def test_a_checkpoint_its_bundle_and_int8(run, checkpoint, bundle, small_data, t
     assert found[1]["bytes"] == others + (folder / "model.onnx").stat().st_size
     assert found[2]["bytes"] == others + (folder / "int8_model.onnx").stat().st_size
     assert found[2]["bytes"] < found[1]["bytes"] / 2
+    # What int8 gives is what infer.py gives.
+    labels = utils.read_labels(small_data / "label.txt")
+    texts, _ = utils.read_examples(small_data / "dev.txt", labels)
+    names, _ = Predictor(str(prefix), precision="int8").predict(texts)
+    rows = [row.split("\t") for row in (tmp_path / "changed.txt").read_text("utf-8").splitlines()]
+    assert len(rows) == 1 + max(one["texts"]["changed"] for one in found[1:])
+    for *_, int8, _, text in rows[1:]:
+        assert int8 == ",".join(names[texts.index(text)])
     assert f"C: {prefix}:int8 (ONNX Runtime int8, max_seq_length 128)" in messages
     assert "Dev dataset size: 40" in messages
     (speed,) = (message for message in messages if message.startswith("Speed: "))
-    assert speed.startswith("Speed: one run, in turns (parts: 1), on ")
+    assert speed.startswith("Speed: one run on 40 texts, in turns (parts: 1), on ")
     assert speed.endswith(f"{compare.device_name('cpu')}, cores: {utils.num_cores()}")
 
 
@@ -389,7 +395,8 @@ def comparison_page(labels=(*HOSTILE, "乙", "丙"), text=HOSTILE_TEXT):
     compared = [compare.Model(n, s, s, None, info) for n, s in letters]
     seconds = np.array([[2.0, 1.0, 0.5], [2.0, 1.0, 0.4]])
     result |= {
-        "dev": "dev.txt", "samples": 40, "device": "A processor", "cores": 1, "parts": 2,
+        "dev": "dev.txt", "samples": 40, "device": "A processor", "cores": 1,
+        "timed": {"texts": 40, "parts": 2},
         "bootstrap": {"percent": 95, "resamples": 100, "seed": 3},
         "models": [
             {**compare.cost(one, seconds, i, 40), "bytes": 4_000_000 >> i, **found}
@@ -407,7 +414,7 @@ def test_page_of_the_comparison():
     assert page.column("models", "models_model") == ["A", "B", "C"]
     assert page.column("models", "models_texts_per_second") == ["10.0", "20.0", "44.4"]
     ratios = ["1.00 [1.00, 1.00]", "2.00 [2.00, 2.00]", "4.44 [4.00, 5.00]"]
-    assert page.column("models", "models_times_a") == ratios
+    assert page.column("models", "models_speed_a") == ratios
     assert page.column("models", "models_size_mb") == ["4.00", "2.00", "1.00"]
     assert set(page.column("labels", "label")) == {*HOSTILE, "乙", "丙"}
     changes = [f"{100 * (row['f1'][1] - row['f1'][0]):+.2f}" for row in result["classes"]]
@@ -432,7 +439,8 @@ def test_nothing_changed():
     result = differences.figures(labels, csr(gold), given, 10)
     costs = [compare.cost(m, np.ones((1, 2)), i, 40) | {"bytes": 8} for i, m in enumerate(compared)]
     result["models"] = [{**a, **b} for a, b in zip(costs, result["models"])]
-    result |= {"dev": "d", "samples": 40, "device": "p", "cores": 2, "parts": 1}
+    result |= {"dev": "d", "samples": 40, "device": "p", "cores": 2}
+    result["timed"] = {"texts": 40, "parts": 1}
     result["bootstrap"] = {"percent": 95, "resamples": 10, "seed": 3}
     html = compare.render(compared, result, labels, [""] * 40, [[]] * 40, given, [])
     page = Page(html)
