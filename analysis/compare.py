@@ -332,14 +332,16 @@ def with_interval(found, form="%"):
 
 
 def of_label(row):
+    """The first model's F1, and what the models for which the label changed made of it."""
     first, *f1s = row["f1"]
     parts = [f"A F1 {report.figure(first, '%')}"]
     for i, f1 in enumerate(f1s, 1):
-        parts.append(
-            f"{string.ascii_uppercase[i]} F1 {report.figure(f1, '%')} "
-            f"({report.figure(f1 - first, '+%')}; gained {row['gained'][i]} texts, lost "
-            f"{row['lost'][i]}, right {row['right'][i]})"
-        )
+        if gained_or_lost := row["gained"][i] + row["lost"][i]:
+            parts.append(
+                f"{string.ascii_uppercase[i]} F1 {report.figure(f1, '%')} "
+                f"({report.figure(f1 - first, '+%')}; gained {row['gained'][i]}, lost "
+                f"{row['lost'][i]}, right {row['right'][i]} of {gained_or_lost})"
+            )
     return " | ".join(parts)
 
 
