@@ -356,12 +356,6 @@ def render(models, result, labels, texts, label_ids, given, changed):
         (("标签数", "Labels"), len(labels)),
         (("处理器", "Processor"), processor),
     ]
-    bounds = [
-        abs(bound)
-        for one in result["models"][1:]
-        for found in one["difference"].values()
-        for bound in found["f1_interval"]
-    ]
     columns = [class_ids(one) for one in given]
     cases = [
         (texts[i], *case(models, label_ids[i], [column[i].tolist() for column in columns]))
@@ -376,7 +370,6 @@ def render(models, result, labels, texts, label_ids, given, changed):
             "about": about,
             "rules": [report.decision_rule(one.info) for one in models],
             "verdicts": VERDICTS,
-            "edge": max(bounds) or 1,
             "labels": labels,
             "num_changed": len(changed),
             "num_same": sum(not any(row["gained"] + row["lost"]) for row in result["classes"]),

@@ -25,7 +25,8 @@ import model as models
 import utils
 
 chromium = test_report.chromium
-# Of one hand-made case: gold labels and the decisions of three models, a row per text.
+CHANGES = "gained", "lost", "right"  # of a label
+# One hand-made case: gold labels and the decisions of two models, a row per text.
 GOLD = [[1, 0, 0], [1, 1, 0], [0, 0, 0], [0, 1, 0]]
 FIRST = [[1, 0, 0], [1, 0, 0], [0, 0, 1], [0, 0, 0]]
 SECOND = [[1, 0, 0], [0, 1, 0], [0, 0, 0], [1, 1, 0]]
@@ -249,7 +250,7 @@ def test_each_model_decides_by_its_own_rule(run, checkpoint, reordered, small_da
     assert len(page.articles) == len(changed) and html.count("<h2") == len(compare.SECTIONS)
     rows = [row for row in result["classes"] if any(row["gained"] + row["lost"])]
     assert page.column("labels", "label") == [row["label"] for row in rows]
-    for key in ("gained", "lost", "right"):
+    for key in CHANGES:
         assert page.column("labels", f"{key}_b") == [str(row[key][1]) for row in rows]
     moves = [abs(row["f1"][1] - row["f1"][0]) for row in rows]
     assert moves == sorted(moves, reverse=True) and moves[0] > 0
@@ -417,8 +418,14 @@ def test_page_of_the_comparison():
     assert page.column("models", "models_speed_a") == ratios
     assert page.column("models", "models_size_mb") == ["4.00", "2.00", "1.00"]
     assert set(page.column("labels", "label")) == {*HOSTILE, "乙", "丙"}
-    changes = [f"{100 * (row['f1'][1] - row['f1'][0]):+.2f}" for row in result["classes"]]
-    assert page.column("labels", "change_b") == changes
+    for i, letter in enumerate("bc", 1):
+        changes = [
+            [f"{100 * (r['f1'][i] - r['f1'][0]):+.2f}", *(str(r[k][i]) for k in CHANGES)]
+            if r["gained"][i] + r["lost"][i] else [""] * 4
+            for r in result["classes"]
+        ]  # fmt: skip
+        shown = [page.column("labels", f"{key}_{letter}") for key in ("change", *CHANGES)]
+        assert list(map(list, zip(*shown))) == changes
     # What got worst comes first: the first text, where the second model missed every label.
     assert page.articles[0].startswith(f"{HOSTILE_TEXT}0Gold: ")
     assert page.articles[0].count("missed ") >= 6
@@ -560,10 +567,11 @@ def test_intervals_are_drawn_to_scale(browser, tmp_path):
         ".map((part) => { const box = svg.querySelector(part).getBBox();"
         " return [box.x, box.x + box.width]; }))"
     )
-    found = [f for one in result["models"][1:] for f in one["difference"].values()]
-    edge = max(abs(bound) for f in found for bound in f["f1_interval"])
-    assert len(lines) == len(found) == 4
-    for (axis, drawn, point), f in zip(lines, found):
+    found = [list(one["difference"].values()) for one in result["models"][1:]]
+    # A card has one scale: the farthest end of its two intervals is at the edge.
+    edges = [max(abs(bound) for f in pair for bound in f["f1_interval"]) for pair in found]
+    assert len(lines) == 4 and edges[0] != edges[1]
+    for (axis, drawn, point), f, edge in zip(lines, sum(found, []), np.repeat(edges, 2)):
         assert axis == [-100, 100]
         assert drawn == pytest.approx([100 * b / edge for b in f["f1_interval"]], abs=0.06)
         assert point[0] == pytest.approx(100 * f["f1"] / edge, abs=0.06)

@@ -106,8 +106,8 @@ def test_page_of_evaluate(checkpoint, small_data, tmp_path, run_cli):
     assert status == 0 and f"Page saved in {tmp_path / 'r.html'}" in error
     html = (tmp_path / "r.html").read_text("utf-8")
     page, figures = Page(html), json.loads((tmp_path / "r.json").read_text("utf-8"))
-    rule = '<span lang="zh">概率 &gt; 0.5（默认）</span>'
-    rule += '<span lang="en">probability &gt; 0.5 (default)</span>'
+    rule = '<span lang="zh">概率 > 0.5（默认）</span>'
+    rule += '<span lang="en">probability > 0.5 (default)</span>'
     for fact in (small_data / "dev.txt", checkpoint, rule):
         assert f"<dd>{fact}</dd>" in html
     sets = [figures["dev"], figures["train"], figures["tuned"]["out_of_sample"]]
