@@ -22,7 +22,7 @@ from utils import UserError, logger
 model = utils.LazyModule("model")
 
 FOLDS = 5  # of the cross-validation of thresholds
-# What belongs to one model, and what to several.
+# Flags for one model, and those for several.
 ALONE = "params_path bad_case_path tune_thresholds tune_for save_thresholds".split()
 COMPARED = "changed_path resamples seed".split()
 CELL_BYTES = 6  # per text and label of what is kept: a probability, a target, a fold's copy
@@ -54,13 +54,13 @@ def parse_args(argv=None):
     )
     add("--save_thresholds", action="store_true", help="store the tuned ones in the checkpoint")
     add = parser.add_argument_group("comparison of models").add_argument
-    models = (
-        "two or more models instead of --params_path: checkpoints, or prefixes of bundles such "
+    add(
+        "--compare",
+        nargs="+",
+        metavar="MODEL",
+        help="compare others with the first: checkpoints, or bundles as export/float32[:int8]",
     )
-    models += "as export/float32 or export/float32:int8; the first is what others are compared with"
-    add("--compare", nargs="+", metavar="MODEL", help=models)
-    changed = "dev texts that the compared models label differently"
-    add("--changed_path", default="./changed.txt", help=changed)
+    add("--changed_path", default="./changed.txt", help="dev texts that they label differently")
     add("--resamples", type=utils.at_least(1), default=1000, help="of the bootstrap intervals")
     add("--seed", type=utils.at_least(0), default=3, help="seed of the resamples")
     args = parser.parse_args(argv)

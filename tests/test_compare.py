@@ -223,7 +223,8 @@ def test_each_model_decides_by_its_own_rule(run, checkpoint, reordered, small_da
         assert found == [names[i], first[i], second[i]]
     # The figures are scikit-learn's, the bytes those of the files.
     result = json.loads((tmp_path / "r.json").read_text("utf-8"))
-    hot = [[[label in row for label in labels] for row in rows] for rows in (names, first, second)]
+    rows = (names, first, second)
+    hot = np.array([[[label in row for label in labels] for row in some] for some in rows])
     used = ("config.json", "model_state.pdparams", "vocab.txt", "tokenizer_config.json")
     for i, (found, folder) in enumerate(zip(result["models"], (checkpoint, reordered))):
         for average in ("micro", "macro"):
@@ -346,10 +347,15 @@ FAULTS = {
         ["--tune_thresholds"],
         "--compare takes no --tune_thresholds; leave it out",
     ),
-    "over an input": (
+    "over an ONNX file": (
         ["model", "bundle/float32"],
         ["--report_path", "bundle/model.onnx"],
         "bundle/model.onnx: it is an input",
+    ),
+    "over a static graph": (
+        ["model", "bundle/float32"],
+        ["--json_path", "bundle/float32.pdiparams"],
+        "bundle/float32.pdiparams: it is an input",
     ),
 }
 
