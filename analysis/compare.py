@@ -210,9 +210,8 @@ def run(args):
     outputs = [path for path in (args.changed_path, args.json_path, args.report_path) if path]
     inputs = [dev, Path(args.dataset_dir) / (args.label_file or "label.txt")]
     for one in models:
-        inputs += utils.model_files(one.folder)
-        for suffix in (".onnx", ".pdiparams", *utils.GRAPH_SUFFIXES):
-            inputs += one.folder.glob(f"*{suffix}")
+        inputs += [*utils.model_files(one.folder), *one.folder.glob("*.onnx")]
+        inputs += [Path(one.path + suffix) for suffix in (*utils.GRAPH_SUFFIXES, ".pdiparams")]
     utils.check_outputs(outputs, inputs)
     labellers = [one.load(args) for one in models]
     given = []
