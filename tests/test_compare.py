@@ -165,6 +165,21 @@ def test_models_take_turns(monkeypatch):
 
 
 # ------------------------------------------------------------------------------------ real models
+def test_names_of_models(tmp_path, monkeypatch):
+    """A width of prune.py is a checkpoint and a bundle in one folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "0.5").mkdir()
+    for name in ("config.json", "model_state.pdparams", "float32.pdiparams"):
+        (tmp_path / "0.5" / name).touch()
+    for spec, device, expected in (
+        ("0.5", "xpu", ("0.5", None)),
+        ("0.5/float32", "cpu", ("0.5/float32", "fp32")),
+        ("./0.5/float32:int8", "cpu", ("./0.5/float32", "int8")),
+        ("0.5/float32:fp16", "gpu:1", ("0.5/float32", "fp16")),
+    ):
+        assert compare.split_spec(spec, device) == expected
+
+
 @pytest.fixture(scope="module")
 def reordered(checkpoint, tmp_path_factory):
     """The checkpoint with its labels in reverse order, thresholds of its own and a short length,
