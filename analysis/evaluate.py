@@ -1,6 +1,7 @@
-"""Evaluate a checkpoint per class, list what it gets wrong, tune thresholds.
+"""Evaluate a checkpoint per class, list what it gets wrong, tune thresholds; compare models.
 
 python evaluate.py --device cpu --dataset_dir ../data --params_path ../checkpoint
+python evaluate.py --device cpu --dataset_dir ../data --compare ../checkpoint ../export/float32:int8
 """
 
 import json
@@ -21,6 +22,9 @@ from utils import UserError, logger
 model = utils.LazyModule("model")
 
 FOLDS = 5  # of the cross-validation of thresholds
+# Flags for one model, and those for several.
+ALONE = "params_path bad_case_path tune_thresholds tune_for save_thresholds".split()
+COMPARED = "changed_path resamples seed".split()
 CELL_BYTES = 6  # per text and label of what is kept: a probability, a target, a fold's copy
 
 
@@ -49,7 +53,22 @@ def parse_args(argv=None):
         help="what tuning raises; both: macro and micro F1 together",
     )
     add("--save_thresholds", action="store_true", help="store the tuned ones in the checkpoint")
+    add = parser.add_argument_group("comparison of models").add_argument
+    add(
+        "--compare",
+        nargs="+",
+        metavar="MODEL",
+        help="compare others with the first: checkpoints, or bundles as export/float32[:int8]",
+    )
+    add("--changed_path", default="./changed.txt", help="dev texts that they label differently")
+    add("--resamples", type=utils.at_least(1), default=1000, help="of the bootstrap intervals")
+    add("--seed", type=utils.at_least(0), default=3, help="seed of the resamples")
     args = parser.parse_args(argv)
+    for name in ALONE if args.compare else COMPARED:
+        if getattr(args, name) != parser.get_default(name):
+            if args.compare:
+                raise UserError(f"--compare takes no --{name}; leave it out")
+            raise UserError(f"--{name} needs --compare")
     if args.save_thresholds and not args.tune_thresholds:
         raise UserError("--save_thresholds needs --tune_thresholds")
     if args.tune_for != "macro_f1" and not args.tune_thresholds:
@@ -59,6 +78,11 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
+    if args.compare:
+        import compare  # scikit-learn takes a second to import
+
+        compare.run(args)
+        return
     data = Path(args.dataset_dir)
     info = utils.read_model_info(args.params_path)
     limits = {"min_labels": args.min_labels, "max_labels": args.max_labels}
@@ -195,18 +219,13 @@ def write_page(args, info, reports, texts, label_ids, kept):
     """The HTML page of the dev set."""
     import report  # scikit-learn takes a second to import
 
-    rule = f"probability > {metric.DEFAULT_THRESHOLD} (default)"
-    if info.thresholds is not None:
-        rule = "probability > the label's tuned threshold (on the set they come from: optimistic)"
-    if info.min_labels or info.max_labels is not None:
-        rule += "".join(f"; {name} {value}" for name, value in info.limits.items())
-    about = {
-        "Set": str(Path(args.dataset_dir) / args.dev_file),
-        "Checkpoint": args.params_path,
-        "Decision rule": rule,
-        "Texts": str(len(texts)),
-        "Labels": str(kept.probs.shape[1]),
-    }
+    about = [
+        (("数据集", "Set"), str(Path(args.dataset_dir) / args.dev_file)),
+        (("模型", "Checkpoint"), args.params_path),
+        (("判定规则", "Decision rule"), report.decision_rule(info)),
+        (("文本数", "Texts"), len(texts)),
+        (("标签数", "Labels"), len(info.labels)),
+    ]
     if "tuned" in reports:
         reports = {**reports, "out_of_sample": reports["tuned"]["out_of_sample"]}
     used = info.thresholds or [metric.DEFAULT_THRESHOLD] * kept.probs.shape[1]

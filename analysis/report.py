@@ -1,7 +1,8 @@
 """The HTML page of `evaluate.py --report_path`: one file that needs no network and no library.
 
-`render` takes plain data and returns the page: report_frame.html, a Jinja2 template that escapes
-what comes from files. Every list but the tables of labels is bounded.
+`render` takes plain data and returns the page: pages/evaluation.html, a Jinja2 template that
+escapes what comes from files. It holds every phrase in Chinese and in English and shows one of
+them. Every list but the tables of labels is bounded.
 """
 
 import base64
@@ -10,6 +11,7 @@ import re
 from pathlib import Path
 
 import jinja2
+import markupsafe
 import numpy as np
 from scipy import sparse
 from sklearn.metrics import average_precision_score, precision_recall_curve
@@ -17,7 +19,7 @@ from thresholds import best_threshold
 
 import metric
 
-FRAME = Path(__file__).with_name("report_frame.html")
+PAGES = Path(__file__).with_name("pages")
 CURVES = 50  # labels with curves, those of the lowest average precision
 POINTS = 100  # of a curve
 PAIRS = 50  # rows of a table of label pairs
@@ -25,7 +27,21 @@ CASES = 100  # texts that are labelled wrongly
 CASE_LABELS = 20  # labels that are listed for one of them
 CASE_TEXT = 2000  # characters of a text
 BLOCK = 256  # labels whose pairs are counted at a time
-SETS = {"dev": "dev", "train": "train", "out_of_sample": "dev, tuned thresholds, out of sample"}
+# What the reader sees in two languages: (Chinese, English).
+SETS = {
+    "dev": ("开发集", "dev"),
+    "train": ("训练集", "train"),
+    "out_of_sample": ("开发集，调阈值，样本外", "dev, tuned thresholds, out of sample"),
+}
+SECTIONS = {
+    "overall": ("总体", "Overall"),
+    "labels": ("标签", "Labels"),
+    "curves": ("精确率与召回率，F1 与阈值", "Precision and recall, F1 and threshold"),
+    "thresholds": ("阈值的选择", "Choice of thresholds"),
+    "confused": ("漏掉一个，错给另一个", "Missed, and another given"),
+    "pairs": ("一起出现的标签", "Labels that occur together"),
+    "cases": ("错得最远的文本", "Worst cases"),
+}
 
 
 # ---------------------------------------------------------------------------------------- figures
@@ -113,11 +129,46 @@ def curves(fact, probs, targets):
 
 
 # -------------------------------------------------------------------------------------------- page
+def both(chinese, english, tag="span", **values):
+    """A phrase in both languages, as HTML; the page shows one of them.
+
+    values: what {name} in the phrases stands for. tag: "tspan" inside SVG.
+    """
+    halves = [markupsafe.Markup(half) for half in (chinese, english)]
+    if values:
+        halves = [half.format(**values) for half in halves]
+    form = f'<{tag} lang="zh">{{}}</{tag}><{tag} lang="en">{{}}</{tag}>'
+    return markupsafe.Markup(form).format(*halves)
+
+
+def decision_rule(info):
+    """How a model (utils.ModelInfo) decides, as HTML in both languages."""
+    limits = ""
+    if info.min_labels or info.max_labels is not None:
+        limits = "".join(f"; {name} {value}" for name, value in info.limits.items())
+    if info.thresholds is None:
+        default = metric.DEFAULT_THRESHOLD
+        return both(
+            "概率 > {n}（默认）{limits}", "probability > {n} (default){limits}",
+            n=default, limits=limits,
+        )  # fmt: skip
+    return both(
+        "概率 > 该标签调过的阈值（在选阈值的数据集上偏乐观）{limits}",
+        "probability > the label's tuned threshold (on the set they come from: optimistic){limits}",
+        limits=limits,
+    )
+
+
 def figure(value, form):
-    """A number of a table as text; form: "%" for percent, else a format. nan: a dash."""
+    """A number of a table as text; form: "%" for percent, "+%" for percentage points with a sign,
+    else a format. nan: a dash. A str, which may begin with a number, stays as it is."""
+    if isinstance(value, str):
+        return value
     if np.isnan(value):
         return "–"
-    return f"{100 * value:.2f}" if form == "%" else format(value, form)
+    if form.endswith("%"):
+        return f"{round(100 * value, 2) + 0.0:{form[:-1]}.2f}"  # + 0.0: no -0.00
+    return format(value, form)
 
 
 def sort_key(title, table):
@@ -126,25 +177,30 @@ def sort_key(title, table):
     return name if table == "labels" else f"{table}_{name}"
 
 
-def fill_frame(values):
-    """The frame with the values; its policy allows no script but its own and no network."""
-    frame = FRAME.read_text(encoding="utf-8")
+def fill_page(name, values):
+    """A page with the values; its policy allows no script but its own and no network."""
+    frame = (PAGES / "frame.html").read_text(encoding="utf-8")
     script = re.search("<script>(.*)</script>", frame, re.S)[1]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+        loader=jinja2.FileSystemLoader(PAGES),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
     )
     environment.filters.update(figure=figure, sort_key=sort_key)
-    environment.globals["at"] = at
-    return environment.from_string(frame).render(values, script_sha256=digest)
+    environment.globals.update(at=at, t=both, max_text=CASE_TEXT, max_labels=CASE_LABELS)
+    return environment.get_template(name).render(values, script_sha256=digest)
 
 
 def render(about, reports, texts, label_ids, predicted, probs, thresholds):
     """The whole page as a str.
 
-    about: {title: str} for the head. reports: MultiLabelCounts.report() of "dev" and, if wanted,
-    of "train" and "out_of_sample" (tuned thresholds). The rest is dev's: texts, label_ids and
-    predicted (class ids per text), probs float32 [texts, classes], thresholds [classes].
+    about: [((Chinese, English) title, value)] for the head. reports: MultiLabelCounts.report() of
+    "dev" and, if wanted, of "train" and "out_of_sample" (tuned thresholds). The rest is dev's:
+    texts, label_ids and predicted (class ids per text), probs float32 [texts, classes], thresholds
+    [classes].
     """
     classes, thresholds = reports["dev"]["classes"], np.asarray(thresholds, dtype=np.float32)
     labels, tuned = [row["label"] for row in classes], reports.get("out_of_sample")
@@ -165,9 +221,12 @@ def render(about, reports, texts, label_ids, predicted, probs, thresholds):
     hardest = sorted(found, key=lambda fact: fact["ap"])[:CURVES]
     missed, extra = ((gold - given) > 0).astype(np.int32), ((given - gold) > 0).astype(np.int32)
     cases, num_wrong = worst_cases(gold, given, probs, thresholds)
-    return fill_frame(
+    return fill_page(
+        "evaluation.html",
         {
+            "title": ("评估报告", "Evaluation report"),
             "about": about,
+            "sections": SECTIONS,
             "sets": [(title, reports[key]) for key, title in SETS.items() if reports.get(key)],
             "facts": facts,
             "tuned": tuned is not None,
@@ -184,7 +243,5 @@ def render(about, reports, texts, label_ids, predicted, probs, thresholds):
             "num_wrong": num_wrong,
             "num_texts": len(texts),
             "cases": [(texts[i], label_ids[i], predicted[i], wrong) for i, wrong in cases],
-            "max_text": CASE_TEXT,
-            "max_labels": CASE_LABELS,
-        }
+        },
     )

@@ -162,10 +162,11 @@ def test_commands_of_the_data_readme(tiny_model, tmp_path, monkeypatch):
     assert written == {*expected, *plots, "check/report.json"} and len(given) == 6
 
 
-def test_commands_of_the_analysis_readme(checkpoint, word_lists, tmp_path, monkeypatch):
-    """In their order, in a folder beside the data and the checkpoint."""
+def test_commands_of_the_analysis_readme(checkpoint, bundle, word_lists, tmp_path, monkeypatch):
+    """In their order, in a folder beside the data, the checkpoint and the bundle."""
     shutil.copytree(REPO / "data", tmp_path / "data")
     (tmp_path / "checkpoint").symlink_to(checkpoint)
+    shutil.copytree(bundle, tmp_path / "export")
     (tmp_path / "analysis").mkdir()
     monkeypatch.chdir(tmp_path / "analysis")
     shutil.copytree(word_lists, "word_lists")

@@ -23,10 +23,13 @@ HOSTILE_TEXT = '</blockquote><img src=x onerror="alert(1)">\'"</script><!-- {{sc
 
 
 class Page(HTMLParser):
-    """tables: {key: (heads, rows)}; articles, figures: their text; curves: paths; tags: all."""
+    """tables: {key: (heads, rows)}; articles, figures: their text; curves: paths; tags: all.
 
-    def __init__(self, html):
+    Of the texts the half in one language: "en" or "zh"."""
+
+    def __init__(self, html, language="en"):
         super().__init__()
+        self.hidden, self.depth = {"en": "zh", "zh": "en"}[language], None
         self.tables, self.articles, self.figures, self.curves = {}, [], [], []
         self.tags, self.open, self.attributes, self.words = [], [], [], ""
         self.feed(html)
@@ -38,12 +41,13 @@ class Page(HTMLParser):
         self.attributes += attrs.items()
         if tag not in ("meta", "br", "path", "circle", "rect"):
             self.open.append(tag)
+            if attrs.get("lang") == self.hidden:
+                self.depth = len(self.open)
         if tag == "div" and attrs.get("role") == "region":
-            self.heads, self.rows = self.tables[attrs["aria-label"]] = [], []
+            self.heads, self.rows = self.tables[attrs["data-table"]] = [], []
         elif tag == "tr" and "tbody" in self.open:
             self.rows.append([])
-        elif tag == "button":
-            assert self.open[-2] == "th"
+        elif tag == "button" and self.open[-2] == "th":
             self.heads.append(attrs["data-sort"])
         elif tag == "path" and attrs["class"] == "curve":
             self.curves.append(attrs["d"])
@@ -56,13 +60,16 @@ class Page(HTMLParser):
     def handle_endtag(self, tag):
         if tag not in ("path", "circle", "rect"):
             assert self.open.pop() == tag
+            if len(self.open) + 1 == self.depth:
+                self.depth = None
         if tag == "td":
             self.rows[-1].append(self.words)
         elif tag in ("article", "figcaption"):
             {"article": self.articles, "figcaption": self.figures}[tag].append(self.words)
 
     def handle_data(self, data):
-        self.words += data
+        if self.depth is None:
+            self.words += data
 
     def column(self, table, head):
         heads, rows = self.tables[table]
@@ -85,7 +92,8 @@ def render(targets, probs, labels, texts=None, thresholds=None, **reports):
     gold, given = ([np.flatnonzero(row).tolist() for row in rows] for rows in (targets, decisions))
     texts = texts or [f"文{i}" for i in range(len(targets))]
     reports = {"dev": counts.report(labels), **reports}
-    return report.render({"Set": "dev.txt"}, reports, texts, gold, given, probs, thresholds)
+    about = [(("数据集", "Set"), "dev.txt")]
+    return report.render(about, reports, texts, gold, given, probs, thresholds)
 
 
 # ---------------------------------------------------------------------------------------- figures
@@ -98,7 +106,9 @@ def test_page_of_evaluate(checkpoint, small_data, tmp_path, run_cli):
     assert status == 0 and f"Page saved in {tmp_path / 'r.html'}" in error
     html = (tmp_path / "r.html").read_text("utf-8")
     page, figures = Page(html), json.loads((tmp_path / "r.json").read_text("utf-8"))
-    for fact in (str(small_data / "dev.txt"), str(checkpoint), "probability &gt; 0.5 (default)"):
+    rule = '<span lang="zh">概率 > 0.5（默认）</span>'
+    rule += '<span lang="en">probability > 0.5 (default)</span>'
+    for fact in (small_data / "dev.txt", checkpoint, rule):
         assert f"<dd>{fact}</dd>" in html
     sets = [figures["dev"], figures["train"], figures["tuned"]["out_of_sample"]]
     shown = [row[2:] for row in page.tables["overall"][1]]
@@ -224,7 +234,13 @@ def test_nothing_wrong_and_nothing_gold():
 def test_long_texts_are_shortened():
     targets, probs = random_set(3, 2)
     html = render(targets, 1 - targets.astype(np.float32), list("ab"), texts=["文" * 400_000] * 3)
-    assert len(html) < 50_000 and f"{'文' * 2000} … (400000 characters)" in html
+    assert len(html) < 50_000 and f"{'文' * 2000} …<" in html
+    for language, note in (
+        ("zh", "（共 400000 个字符）真实："),
+        ("en", " (400000 characters)Gold: "),
+    ):
+        article = Page(html, language).articles[0]
+        assert article.startswith(f"{'文' * 2000} …{note}")
 
 
 # ------------------------------------------------------------------------------------ the document
@@ -242,7 +258,7 @@ def test_needs_nothing_from_elsewhere():
     page = Page(html := render(*random_set(30, 4), list("abcd")))
     links = [value for name, value in page.attributes if name in ("href", "src")]
     assert links == [f"#{key}" for key in re.findall(r'<section id="(\w+)">', html)]
-    assert len(links) == 6 and "{{" not in html
+    assert len(links) == 7 and "{{" not in html
     assert "://" not in html and "url(" not in html and "@import" not in html
     names = [value for name, value in page.attributes if name == "data-sort"]
     assert len(names) == len(set(names)) > 20
@@ -319,7 +335,7 @@ def test_foreign_scripts_do_not_run(browse):
     html = render(*random_set(20, 4), list("abcd"))
     html = html.replace("<nav>", "<script>document.title = 'bad'</script><nav>")
     dom, console = browse(html, "", "--dump-dom")
-    assert "<title>Evaluation report</title>" in dom
+    assert "<title>评估报告</title>" in dom
     assert len(console) == 1 and "Content Security Policy" in console[0]
 
 
