@@ -16,14 +16,16 @@ import utils
 UNKNOWN = "未知"
 LANGUAGES = {"zh": "中文", "en": "英文", None: UNKNOWN}
 LOG_FILE = "train_log.jsonl"  # of train.py
+SHA256 = re.compile("[0-9a-f]{64}")
 NAME = "MODEL_CARD.md"  # in a bundle
 INTRODUCTION = (
     "# 文本多标签分类模型\n\n给一条文本打上零个、一个或多个标签，共 {0} 个。"
-    "本页由 export_model.py 写成，取自 config.json、训练日志和导出时的评估；没有记录的写“未知”。\n\n"
-    "**English summary.** A multi-label text classifier with {0} labels: a text gets a label if the "
-    "sigmoid of its logit is greater than the label's threshold. export_model.py wrote this card "
-    "from config.json, the training log and an evaluation at export; 未知 is what none of them "
-    "tells (unknown). The sections: the model; figures per label on the dev set (support, "
+    "本页由 export_model.py 写成，取自 config.json、训练日志和导出时的评估；"
+    "没有记录的写“未知”。\n\n"
+    "**English summary.** A multi-label text classifier with {0} labels: a text gets a label if "
+    "the sigmoid of its logit is greater than the label's threshold. export_model.py wrote this "
+    "card from config.json, the training log and an evaluation at export; what none of them tells "
+    "is 未知 (unknown). The sections: the model; figures per label on the dev set (support, "
     "precision, recall, F1, threshold); flags of the training; use and limits; loading.\n\n"
 )
 LOADING = """```shell
@@ -33,8 +35,8 @@ python deploy/predictor/infer.py --device cpu --model_path_prefix {}/float32 --d
 
 
 def dev_report(forward, tokenizer, info, file, texts, label_ids):
-    """MultiLabelCounts.report of the dev set, with its "file" (a name) and "texts", and in "cut" the
-    number of those that were cut. forward, tokenizer: see utils.Labeller."""
+    """MultiLabelCounts.report of a dev set, with its "file" (a name) and "texts", and in "cut" how
+    many of these were cut. forward, tokenizer: see utils.Labeller."""
     labeller = utils.Labeller(forward, tokenizer, info, desc="dev")
     counts, start = metric.MultiLabelCounts(len(info.labels)), 0
     for chunk, decisions, _ in labeller.stream(texts):
@@ -57,7 +59,7 @@ def read_log(path):
 
 
 def language_of(model_name, texts):
-    """zh or en by the name of ERNIE's weights, zh if most letters are Chinese characters, or None."""
+    """zh or en by the name of ERNIE's weights, zh if most letters are Chinese, or None."""
     if known := re.fullmatch(r"ernie-.*-(zh|en)", model_name):
         return known[1]
     letters = [c for text in texts for c in text if c.isalpha()]
@@ -84,16 +86,17 @@ def describe(folder, net, info, report=None):
         "判定": f"概率大于阈值；{limits(info)}",
         "许可证": UNKNOWN,
     }
-    flags = " ".join(flags_of(start.get("flags", {})))
+    flags = start.get("flags", {})
+    processes = flags.get("number of processes", UNKNOWN)
+    flags = " ".join(flags_of(flags)) or f"（参数{UNKNOWN}）"
     sections = {
         "模型": table(["项目", "内容"], about.items()),
         "开发集上的结果": results(info, report, best),
-        "训练": f"```text\ntrain.py {flags}\n```" if flags else f"train.py 的参数：{UNKNOWN}。",
+        "训练": f"```text\ntrain.py {flags}\n```\n\n进程数：{processes}。",
         "用途与限制": uses(report),
-        "载入": "",
     }
-    text = INTRODUCTION.format(len(info.labels))
-    return text + "\n".join(f"## {name}\n\n{body}\n" for name, body in sections.items()), language
+    text = "\n".join(f"## {name}\n\n{body}\n" for name, body in sections.items())
+    return f"{INTRODUCTION.format(len(info.labels))}{text}\n## 载入\n\n", language
 
 
 def structure(config, net):
@@ -151,7 +154,10 @@ def uses(report):
     classes = report["classes"] if report else []
     unseen = [escape(row["label"]) for row in classes if not row["support"]]
     failed = [escape(row["label"]) for row in classes if row["support"] and not row["f1"]]
-    lines = [f"用途：给与训练数据同类的文本打标签。训练数据的来源、内容和许可：{UNKNOWN}。"]
+    lines = [
+        "用途：给与训练数据同类的文本打标签。",
+        f"训练数据与起始权重的来源、内容和许可：{UNKNOWN}。",
+    ]
     if unseen:
         lines.append(f"开发集里没有、因而无从评价的标签（{len(unseen)} 个）：{'、'.join(unseen)}。")
     if failed:
@@ -161,14 +167,13 @@ def uses(report):
 
 
 def flags_of(flags):
-    """train.py's flags as its log has them, without folders and the hashes of files."""
+    """What train.py's log calls its flags, without folders and the hashes of files."""
     for name, value in flags.items():
-        if name == "init_from_ckpt" and value:
+        if value is None or value is False or " " in name or SHA256.fullmatch(str(value)):
+            continue
+        if name == "init_from_ckpt":
             value = Path(value).name
-        if value is True:
-            yield f"--{name}"
-        elif value is not None and value is not False and len(str(value)) < 64 and " " not in name:
-            yield f"--{name} {value}"
+        yield f"--{name}" if value is True else f"--{name} {value}"
 
 
 def table(head, rows):

@@ -1,9 +1,9 @@
 """What Hugging Face's transformers make of folders; test_hugging_face_out.py runs it.
 
-    python hugging_face_reader.py OUTPUT.npz FOLDER ... < texts.json
+    python transformers_reader.py OUTPUT.npz FOLDER ... < texts.json
 
-Needs torch and transformers, nothing of this project. texts.json: {"texts": those to tokenise,
-"dev": how many of the last ones get logits}.
+Needs torch and transformers, nothing of this project. texts.json: {"ids": texts to tokenise,
+"logits": texts to label}.
 """
 
 import json
@@ -17,6 +17,7 @@ BATCH = 32
 
 
 def logits_of(model, tokenizer, texts):
+    """float32 [texts, labels]; the longest texts come first."""
     order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
     logits = np.zeros((len(texts), model.config.num_labels), dtype=np.float32)
     for start in range(0, len(order), BATCH):
@@ -31,24 +32,22 @@ def logits_of(model, tokenizer, texts):
 def main():
     output, *folders = sys.argv[1:]
     wanted, arrays = json.load(sys.stdin), {}
-    texts = wanted["texts"]
     for i, folder in enumerate(folders):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        ids = tokenizer(texts, truncation=True)["input_ids"]
+        ids = tokenizer(wanted["ids"], truncation=True)["input_ids"]
         arrays[f"ids{i}"] = np.array([token for row in ids for token in row])
         arrays[f"lengths{i}"] = np.array([len(row) for row in ids])
         auto = transformers.AutoModelForSequenceClassification
         model, report = auto.from_pretrained(folder, output_loading_info=True)
         assert not any(report.values()), report  # no parameter is missing, superfluous or misshapen
-        arrays[f"logits{i}"] = logits_of(model.eval(), tokenizer, texts[-wanted["dev"] :])
+        arrays[f"logits{i}"] = logits_of(model.eval(), tokenizer, wanted["logits"])
         classify = transformers.pipeline(
             "text-classification", model=folder, top_k=None, function_to_apply="sigmoid"
         )
-        scores = classify(texts[-3:], truncation=True)
         names = list(model.config.id2label.values())
-        rows = [{score["label"]: score["score"] for score in row} for row in scores]
-        arrays[f"scores{i}"] = np.array([[row[name] for name in names] for row in rows])
-        print(json.dumps([type(model).__name__, names, model.config.problem_type]))
+        scores = [{x["label"]: x["score"] for x in row} for row in classify(wanted["logits"][:5])]
+        arrays[f"scores{i}"] = np.array([[row[name] for name in names] for row in scores])
+        print(json.dumps([type(model).__name__, model.config.problem_type, names]))
     np.savez(output, **arrays)
 
 
