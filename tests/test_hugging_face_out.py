@@ -445,45 +445,51 @@ def test_a_dev_set_that_does_not_fit(checkpoint, small_data, tmp_path, run_cli):
 
 # ------------------------------------------------------------------------------- in transformers
 @pytest.fixture(scope="module")
-def torch_python():
-    return needs_environment("TORCH_PYTHON")
+def real_texts(shared):
+    sets = [utils.read_texts(shared / f"data/divorce/{name}.txt") for name in ("train", "dev")]
+    return [line.split("\t")[0] for lines in sets for line in lines]
 
 
-def in_transformers(python, script, *arguments, cwd=REPO, **settings):
-    """What the script prints where torch and transformers are, and no hub."""
-    env = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    command = [python, script, *map(str, arguments)]
-    result = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, **settings)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
-
-
-def test_transformers_tokenise_and_label_as_the_checkpoints(shared, torch_python, minilm, tmp_path):
-    """All real texts; the real vocabulary of ERNIE, and a model that began as MiniLM."""
-    data = shared / "data" / "divorce"
-    sets = [utils.read_texts(data / f"{name}.txt") for name in ("train", "dev")]
-    texts = [line.split("\t")[0] for lines in sets for line in lines]
-    assert len(texts) == 15988
-    few = [*TEXTS, *texts[-1611::40]]
+def test_transformers_tokenise_and_label_as_the_checkpoints(
+    shared, real_texts, minilm, constant, tmp_path
+):
+    """All real texts, the real vocabulary of ERNIE, and a model that began as MiniLM."""
+    python = needs_environment("TORCH_PYTHON")
+    assert len(real_texts) == 15988
+    texts, few = real_texts + TEXTS, [*TEXTS, *real_texts[-1611::80]]
     vocab = shared / "vocab" / "ernie_3.0_base_zh_vocab.txt"
-    flags = ["--output_dir", tmp_path / "ernie", "--vocab_file", vocab]
-    init_model.main([str(flag) for flag in flags])
+    init_model.main(["--output_dir", str(tmp_path / "ernie"), "--vocab_file", str(vocab)])
     folders, checkpoints = [], []
     for name, source, noise in (("zh", tmp_path / "ernie", 0.1), ("en", minilm, 0.02)):
-        (tmp_path / name).mkdir()
-        checkpoints.append(make_checkpoint(tmp_path / name / "model", source, LABELS, noise))
-        folders.append(export(checkpoints[-1], tmp_path / name))
-    wanted = json.dumps({"ids": texts + TEXTS, "logits": few})
-    script = REPO / "tests" / "transformers_reader.py"
-    printed = in_transformers(torch_python, script, tmp_path / "o.npz", *folders, input=wanted)
-    kinds = [json.loads(line) for line in printed.splitlines()]
+        checkpoints.append(make_checkpoint(tmp_path / f"{name}_model", source, LABELS, noise))
+        folders.append(tmp_path / name)
+        folders[-1].mkdir()
+        hugging_face.write_folder(
+            folders[-1], *models.load_checkpoint(checkpoints[-1]), checkpoints[-1]
+        )
+    readme = (export(constant, tmp_path) / "README.md").read_text("utf-8")
+    code = re.search(r"```python\n(.*?)```", readme, re.S)[1]
+    (tmp_path / "code.py").write_text(code, encoding="utf-8")
+
+    wanted = json.dumps({"ids": texts, "logits": few, "code": "code.py"})
+    result = subprocess.run(
+        [python, str(REPO / "tests" / "transformers_reader.py"), "found.npz", *map(str, folders)],
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        cwd=tmp_path,
+        input=wanted,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    *kinds, labels = result.stdout.splitlines()
     about = ["multi_label_classification", LABELS]
     names = [f"{kind}ForSequenceClassification" for kind in ("Ernie", "Bert")]
-    assert kinds == [[name, *about] for name in names]
-    found = np.load(tmp_path / "o.npz")
+    assert list(map(json.loads, kinds)) == [[name, *about] for name in names]
+    assert labels == "['离婚']"  # of the card's code
+    found = np.load(tmp_path / "found.npz")
     for i, checkpoint in enumerate(checkpoints):
         tokenizer = utils.load_tokenizer(checkpoint)
-        ours, cut = utils.encode(texts + TEXTS, tokenizer, 128)
+        ours, cut = utils.encode(texts, tokenizer, 128)
         theirs = np.split(found[f"ids{i}"], np.cumsum(found[f"lengths{i}"])[:-1])
         assert cut > 500 and len(theirs) == len(ours)
         assert [k for k, ids in enumerate(ours) if not np.array_equal(ids, theirs[k])] == []
@@ -494,11 +500,3 @@ def test_transformers_tokenise_and_label_as_the_checkpoints(shared, torch_python
         np.testing.assert_allclose(found[f"logits{i}"], logits, rtol=0, atol=1e-4)
         scores = metric.probabilities(logits[:5])
         np.testing.assert_allclose(found[f"scores{i}"], scores, rtol=0, atol=1e-4)
-
-
-def test_code_of_the_card(constant, torch_python, tmp_path):
-    folder = export(constant, tmp_path)
-    code = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text("utf-8"), re.S)[1]
-    (tmp_path / "code.py").write_text(code, encoding="utf-8")
-    printed = in_transformers(torch_python, "code.py", cwd=tmp_path)
-    assert printed.splitlines() == ["['离婚']"]

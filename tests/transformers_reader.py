@@ -3,10 +3,11 @@
     python transformers_reader.py OUTPUT.npz FOLDER ... < texts.json
 
 Needs torch and transformers, nothing of this project. texts.json: {"ids": texts to tokenise,
-"logits": texts to label}.
+"logits": texts to label, "code": a Python file to run}.
 """
 
 import json
+import runpy
 import sys
 
 import numpy as np
@@ -41,14 +42,16 @@ def main():
         model, report = auto.from_pretrained(folder, output_loading_info=True)
         assert not any(report.values()), report  # no parameter is missing, superfluous or misshapen
         arrays[f"logits{i}"] = logits_of(model.eval(), tokenizer, wanted["logits"])
+        settings = {"top_k": None, "function_to_apply": "sigmoid", "truncation": True}
         classify = transformers.pipeline(
-            "text-classification", model=folder, top_k=None, function_to_apply="sigmoid"
+            "text-classification", model=model, tokenizer=tokenizer, **settings
         )
         names = list(model.config.id2label.values())
         scores = [{x["label"]: x["score"] for x in row} for row in classify(wanted["logits"][:5])]
         arrays[f"scores{i}"] = np.array([[row[name] for name in names] for row in scores])
         print(json.dumps([type(model).__name__, model.config.problem_type, names]))
     np.savez(output, **arrays)
+    runpy.run_path(wanted["code"])
 
 
 if __name__ == "__main__":
