@@ -1,6 +1,6 @@
 """export_model.py --hugging_face, and the model card: what is written, and that it is the model.
 
-TORCH_PYTHON names the Python of an environment with torch and transformers; CI has one.
+TORCH_PYTHON names the Python of an environment with requirements-torch.txt; CI has one.
 """
 
 import json
@@ -454,7 +454,7 @@ def test_transformers_tokenise_and_label_as_the_checkpoints(
     shared, real_texts, minilm, constant, tmp_path
 ):
     """All real texts, the real vocabulary of ERNIE, and a model that began as MiniLM."""
-    python = needs_environment("TORCH_PYTHON")
+    python = os.path.abspath(needs_environment("TORCH_PYTHON"))
     assert len(real_texts) == 15988
     texts, few = real_texts + TEXTS, [*TEXTS, *real_texts[-1611::80]]
     vocab = shared / "vocab" / "ernie_3.0_base_zh_vocab.txt"
