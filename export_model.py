@@ -70,12 +70,12 @@ def main(argv=None):
             forward = model.static_forward(folder / model.PREFIX)
             report = model_card.dev_report(forward, utils.load_tokenizer(source), info, *dev_set)
         card, language = model_card.describe(source, trained, info, report)
-        loading = model_card.LOADING.format(target.resolve().name)
+        loading = model_card.LOADING.format(name_of(target))
         (folder / model_card.NAME).write_text(card + loading, encoding="utf-8")
         if other:
             place = stack.enter_context(utils.atomic_folder(other))
             model.hugging_face.write_folder(place, trained, info, source)
-            model.hugging_face.write_card(place, card, language, info, other.resolve().name)
+            model.hugging_face.write_card(place, card, language, info, name_of(other))
             read_back = model.load_folder(place, info.labels)
             read_back.eval()
             check("Hugging Face model", model.dygraph_forward(read_back))
@@ -84,6 +84,10 @@ def main(argv=None):
     logger.info("Exported to %s: %s", target, ", ".join(sorted(new_files)))
     if other:
         logger.info("Hugging Face model in %s", other)
+
+
+def name_of(folder):
+    return utils.printable(os.path.basename(os.path.realpath(folder)))
 
 
 def check_new_folder(folder, target):

@@ -53,7 +53,7 @@ tags:
 from transformers import pipeline
 
 settings = {{"top_k": None, "function_to_apply": "sigmoid"}}
-classify = pipeline("text-classification", model="{folder}", **settings)
+classify = pipeline("text-classification", model={folder}, **settings)
 config = classify.model.config
 thresholds = config.thresholds or [0.5] * config.num_labels
 thresholds = {{config.id2label[i]: threshold for i, threshold in enumerate(thresholds)}}
@@ -151,8 +151,9 @@ def check_model(path, config):
     if config.get("width_mult"):
         why = "a pruned model, and Hugging Face's have no narrower layers"
         raise UserError(f"{path}: {why}; give --params_path the checkpoint that was pruned")
-    if (activation := config.get("pool_act", "tanh")) != "tanh":
-        raise UserError(f"{path}: pool_act {activation!r}; Hugging Face's models know tanh only")
+    activation = config.get("pool_act", "tanh")  # of PaddleNLP's BERT; its ERNIE takes tanh
+    if config.get("model_type") == "bert" and activation != "tanh":
+        raise UserError(f"{path}: pool_act {activation!r}; Hugging Face's BERT knows tanh only")
 
 
 def write_folder(folder, model, info, tokenizer_dir):
@@ -211,7 +212,8 @@ def write_tokenizer(folder, tokenizer_dir, max_seq_length):
 
 def write_card(folder, card, language, info, name):
     """README.md. card, language: see model_card.describe; name: of the folder in the end."""
-    settings = {"folder": name, "max_seq_length": info.max_seq_length}
+    settings = {"folder": json.dumps(name, ensure_ascii=False)}
+    settings["max_seq_length"] = info.max_seq_length
     settings["language"] = f"language: {language}\n" if language else ""
     (folder / "README.md").write_text(CARD.format(card=card, **settings), encoding="utf-8")
 

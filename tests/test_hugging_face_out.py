@@ -254,7 +254,10 @@ def test_weights_that_do_not_come_back_leave_nothing(checkpoint, tmp_path, run_c
             "a pruned model, and Hugging Face's have no narrower layers; give --params_path the "
             "checkpoint that was pruned",
         ),
-        ({"pool_act": "relu"}, "pool_act 'relu'; Hugging Face's models know tanh only"),
+        (
+            {"model_type": "bert", "pool_act": "relu"},
+            "pool_act 'relu'; Hugging Face's BERT knows tanh only",
+        ),
     ],
 )
 def test_models_that_hugging_face_does_not_have(tiny_model, tmp_path, run_cli, settings, message):
