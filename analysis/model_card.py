@@ -96,7 +96,8 @@ def describe(folder, net, info, report=None):
         "用途与限制": uses(report),
     }
     text = "\n".join(f"## {name}\n\n{body}\n" for name, body in sections.items())
-    return f"{INTRODUCTION.format(len(info.labels))}{text}\n## 载入\n\n", language
+    text = f"{INTRODUCTION.format(len(info.labels))}{text}\n## 载入\n\n"
+    return utils.printable(text), language
 
 
 def structure(config, net):

@@ -434,6 +434,17 @@ def test_language_is_known_or_not(name, texts, language):
     assert model_card.language_of(name, texts) == language
 
 
+def test_names_that_are_not_unicode(constant, tmp_path):
+    """As Python has them under another locale."""
+    log = (constant / "train_log.jsonl").read_text("utf-8")
+    text = log.replace("ernie-3.0-nano-zh", "m\\udce6\\udca8")
+    (constant / "train_log.jsonl").write_text(text, encoding="utf-8")
+    net, info = models.load_checkpoint(constant)
+    card, _ = model_card.describe(constant, net, info)
+    (constant / "train_log.jsonl").write_text(log, encoding="utf-8")
+    assert "| 起始权重 | m\ufffd（训练时" in card.encode().decode()
+
+
 def test_a_dev_set_that_does_not_fit(checkpoint, small_data, tmp_path, run_cli):
     flags = ["--params_path", checkpoint, "--output_path", tmp_path / "export", "--dataset_dir"]
     status, err = run_cli(export_model.main, [*flags, small_data])
@@ -499,7 +510,7 @@ def test_transformers_tokenise_and_label_as_the_checkpoints(
         model, _ = models.load_checkpoint(checkpoint)
         encoded, _ = utils.encode(few, tokenizer, 128)
         logits = utils.logits_of(models.dygraph_forward(model), encoded, 16, len(LABELS))
-        assert logits.std() > 0.1
+        assert logits.std() > 0.05
         np.testing.assert_allclose(found[f"logits{i}"], logits, rtol=0, atol=1e-4)
         scores = metric.probabilities(logits[:5])
         np.testing.assert_allclose(found[f"scores{i}"], scores, rtol=0, atol=1e-4)
