@@ -20,6 +20,7 @@ import model as models
 import utils
 
 FILES = GRAPH_FILES | {
+    "MODEL_CARD.md",
     "config.json",
     "tokenizer_config.json",
     "vocab.txt",
@@ -128,8 +129,10 @@ def test_new_export_removes_onnx_files_of_the_old_weights(bundle, checkpoint, tm
 @pytest.mark.core
 def test_export_needs_no_data(checkpoint, tmp_path):
     """The user's own data/ may hold anything, or nothing."""
-    for path in REPO.glob("*.py"):
-        shutil.copyfile(path, tmp_path / path.name)
+    for path in (*REPO.glob("*.py"), REPO / "analysis" / "model_card.py"):
+        copy = tmp_path / path.relative_to(REPO)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, copy)
     command = [sys.executable, tmp_path / "export_model.py", "--params_path", checkpoint]
     subprocess.run([str(c) for c in command], cwd=tmp_path, check=True, capture_output=True)
     assert {p.name for p in (tmp_path / "export").iterdir()} == FILES
