@@ -9,9 +9,9 @@ the input are kept, and only the texts pass through Python.
 
 import contextlib
 import sys
-import tempfile
 import threading
 import time
+import uuid
 import zipfile
 from collections import Counter
 from pathlib import Path
@@ -25,6 +25,7 @@ from predictor import Predictor, bundle_folder
 import utils
 from utils import UserError, at_least, logger
 
+pyspark = utils.LazyModule("pyspark")
 sql = utils.LazyModule("pyspark.sql")
 F = utils.LazyModule("pyspark.sql.functions")
 errors = utils.LazyModule("pyspark.errors")
@@ -105,7 +106,6 @@ def main(argv=None):
     # Finds every fault of the bundle before Spark starts, and makes a missing int8_model.onnx.
     predictor = Predictor(args.model_path_prefix, num_threads=1, **settings)
     with contextlib.ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         stack.enter_context(spark_errors())
         spark = sql.SparkSession.getActiveSession()  # e.g. of a notebook
         if spark is None:
@@ -117,7 +117,7 @@ def main(argv=None):
             spark.sparkContext.addPyFile(sys.modules[name].__file__)
         archive = None
         if not args.shared_model:
-            archive = send_bundle(spark, args.model_path_prefix, settings["precision"], folder)
+            archive = send_bundle(spark, args.model_path_prefix, settings["precision"])
         totals = spark.sparkContext.accumulator(Counter(), label_worker.AddCounts)
         label = label_worker.labelling(archive, args.model_path_prefix, settings, totals)
         result, start = labelled(table, label, args, predictor.info), time.monotonic()
@@ -136,14 +136,17 @@ def spark_errors():
     except errors.PySparkException as error:
         raise UserError(f"Spark: {reason(str(error))}") from error
     except protocol.Py4JJavaError as error:
-        cause = error.java_exception
-        while cause.getCause() is not None:
-            cause = cause.getCause()
-        raise UserError(f"Spark: {reason(cause.toString())}") from error
+        causes = [error.java_exception]
+        while causes[-1].getCause() is not None:
+            causes.append(causes[-1].getCause())
+        messages = [cause.toString() for cause in causes]
+        if messages[-1].startswith("java.lang.ClassNotFoundException") and len(messages) > 1:
+            messages.pop()  # the one before names the data source that is missing
+        raise UserError(f"Spark: {reason(messages[-1])}") from error
 
 
 def reason(message):
-    """The line of a Java exception that says why; of a Python traceback in it the last one."""
+    """The line of an exception that says why; of a Python traceback in it the last one."""
     lines = message.split("\n\tat ")[0].strip().splitlines()
     return lines[-1 if any("Traceback" in line for line in lines) else 0]
 
@@ -198,15 +201,17 @@ def check_output(spark, args, table):
             raise UserError(f"--output {args.output}: it holds the input {uri}; give another")
 
 
-def send_bundle(spark, prefix, precision, folder):
+def send_bundle(spark, prefix, precision):
     """Gives every executor the files that a Predictor needs; returns the name of their archive."""
-    source, path = bundle_folder(prefix), folder / f"{folder.name}.zip"
+    source, name = bundle_folder(prefix), f"bundle-{uuid.uuid4()}"
+    # Executors that start later read it, too: it goes where Spark deletes it when it stops.
+    path = f"{pyspark.SparkFiles.getRootDirectory()}/{name}.zip"
     with zipfile.ZipFile(path, "w") as file:
-        for name in (utils.CONFIG_FILE, utils.ONNX_FILES[precision], *utils.TOKENIZER_FILES):
-            if (source / name).exists():
-                file.write(source / name, name)
-    spark.sparkContext.addArchive(f"{path}#{folder.name}")
-    return folder.name
+        for part in (utils.CONFIG_FILE, utils.ONNX_FILES[precision], *utils.TOKENIZER_FILES):
+            if (source / part).exists():
+                file.write(source / part, part)
+    spark.sparkContext.addArchive(f"{path}#{name}")
+    return name
 
 
 def labelled(table, label, args, info):
