@@ -121,7 +121,7 @@ def run(context, step):
     result = {"status": status, "log": log.getvalue(), "seconds": time.monotonic() - start}
     if step.get("kill"):
         killer.join()
-        result["killed"] = bool(killed)
+        result["killed"] = killed
     return result
 
 
