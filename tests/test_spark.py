@@ -247,3 +247,28 @@ def test_a_character_cut_in_two_at_the_limit(bundle):
     labels, _, counts = label_worker.label_values(predictor, [text.encode()])
     assert labels == predictor.predict([text])[0]
     assert (counts["huge"], counts["cut"], counts["not_utf8"]) == (1, 1, 0)
+
+
+def test_speed_benchmark(tmp_path, monkeypatch, capsys):
+    """The start of a run does not count: what is left is texts per second."""
+    import common
+    import spark_speed
+
+    def run(script, log, use_quantize, **flags):
+        folder = Path(flags["input"]).parent if "input" in flags else Path(flags["dataset_dir"])
+        file = Path(flags["input"]).name if "input" in flags else flags["data_file"]
+        size = len((folder / file).read_text("utf-8").splitlines())
+        clock[0] += 5 + size / 100 if script.name == "label.py" else 2 + size / 200
+
+    clock = [0.0]
+    monkeypatch.setattr(common, "run", run)
+    monkeypatch.setattr(spark_speed.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(spark_speed, "cores", lambda: 2)
+    for name in ("PYSPARK_PYTHON", "PYSPARK_SUBMIT_ARGS"):
+        monkeypatch.setenv(name, "")  # restored afterwards
+    flags = ["--model_path_prefix", "export/float32", "--dataset_dir", str(SAMPLE)]
+    spark_speed.main([*flags, "--rounds", "1"])
+    row = json.loads(capsys.readouterr().out)
+    assert row["texts_per_second"] == {"label.py": 100, "infer.py": 200}
+    assert (row["texts"], row["cores"], row["spark_over_infer"]) == (4000, 2, 0.5)
+    assert row["hours_for_1e9_texts_on_100_cores"] == 55.56
