@@ -1,24 +1,24 @@
-"""Training on the CPU: this project's train.py against Hugging Face Trainer and other train.py's.
+"""Training on the CPU: train.py against Hugging Face Trainer, other versions, fewer cores.
 
     python benchmarks/training_speed.py --dataset_dir data --model_name tiny_ernie \
         --torch_python torch_venv/bin/python
 
 The systems take turns in one run on the same cores, with their defaults (dropout, AdamW), batches
-of 32 and length 128; the median of the rounds counts. Each round is one epoch over the same texts,
-from the start of the first step to the end of the last one: reading and tokenising, evaluation and
-saving are not counted. Every system's row says how fast it is, how that compares with Hugging Face
-grouped by length (what its users get by one setting) and with --before, and its share of the sgemm
-limit: the FLOP/s that the model needs for these texts (see training_flops) over the FLOP/s of
-a large fp32 matrix product on all cores. bf16 may exceed it; one core has its part of it only.
+of 32 and length 128; the median of the rounds counts. A round is one epoch over the same texts,
+from the start of the first step to the end of the last: reading, tokenising, evaluation and saving
+are not counted. Each row compares with Hugging Face grouped by length (which its users get by one
+setting), with --before and with one core, and says what share of the sgemm limit is used: the
+FLOP/s that these texts need (see training_flops) over the FLOP/s of a large fp32 matrix product
+on all cores. So one core can't reach 100 %, and bf16 may exceed it.
 
-Hugging Face (--torch_python, with torch, transformers and accelerate) runs hf_trainer.py. It sorts
-by length within a quarter of the texts or 50 batches, whichever is less: of CAIL2019's first 640
-texts its padding is 23 %, of 1600 10 %, of 6400 2 % (train.py: 5, 2 and 2 %). Compare with few
-texts only what is not grouped.
+hf_trainer.py runs Hugging Face with --torch_python, which needs torch, transformers and accelerate.
+Hugging Face groups within a quarter of the texts or 50 batches, whichever is less: its padding is
+23 % of CAIL2019's first 640 texts, 10 % of 1600, 2 % of 6400 (train.py: 5, 2, 2 %), so fewer than
+6400 texts favour train.py.
 
 --before: another checkout of this project. --original: PaddleNLP's folder
-applications/text_classification/multi_label, whose train.py must take a folder as --model_name:
-newer releases list the names in `choices`, which has to be removed.
+applications/text_classification/multi_label. Where its train.py has `choices` for --model_name,
+remove them, since the model here is a folder.
 """
 
 import contextlib
@@ -56,8 +56,9 @@ SYSTEMS = {  # key: name
     "hf_padded": f"Hugging Face, padded to {MAX_SEQ_LENGTH}",
     "hf_bf16": "Hugging Face, grouped by length, bf16",
 }
-PEER = "hf_grouped"
-HEADER = ["system", "samples/s: median (rounds)", "Hugging Face grouped = 1", "before = 1"]
+COMPARED = {"hf_grouped": "Hugging Face grouped = 1", "before": "before = 1"}
+COMPARED |= {"one_core": "one core = 1"}
+HEADER = ["system", "one epoch", "samples/s: median (rounds)", *COMPARED.values()]
 HEADER += ["share of the sgemm limit"]
 
 
@@ -118,32 +119,35 @@ def main(argv=None):
     args = parse_args(argv)
     speeds, limits = {key: [] for key in args.systems}, []
     with tempfile.TemporaryDirectory() as folder:
-        data = small_set(args, args.texts, Path(folder) / "all")
-        few = small_set(args, args.original_texts, Path(folder) / "few") if args.original else None
+        sets = dict.fromkeys(speeds, small_set(args, args.texts, Path(folder) / "all"))
+        if "original" in sets:
+            sets["original"] = small_set(args, args.original_texts, Path(folder) / "few")
         for _ in range(args.rounds):
             limits += [common.in_new_process(library) for library in (numpy_gflops, paddle_gflops)]
-            for key in args.systems:
-                used = few if key == "original" else data
+            for key, used in sets.items():
                 with tempfile.TemporaryDirectory() as work_dir:
                     seconds = run_epoch(key, args, used, Path(work_dir))
                 speeds[key].append(used.texts / seconds)
                 message = f"{SYSTEMS[key]}: {speeds[key][-1]:.1f} samples/s"
                 print(message, file=sys.stderr, flush=True)
-    cores, limit = utils.num_cores(), max(limits)
-    print(f"{common.processor()}, {cores} core(s), sgemm limit {limit:.0f} GFLOP/s; ", end="")
-    print(f"{data.texts} texts, {data.tokens} tokens, {data.flops / 1e9:.0f} GFLOP an epoch\n")
+    print_table(speeds, sets, max(limits))
+
+
+def print_table(speeds, sets, limit):
+    """Markdown. speeds: samples/s of each system's rounds; sets: its data; limit: in GFLOP/s."""
+    processor = f"{common.processor()}, {utils.num_cores()} core(s)"
+    print(f"{processor}, sgemm limit {limit:.0f} GFLOP/s\n")
     medians = {key: statistics.median(values) for key, values in speeds.items()}
     for cells in (HEADER, ["---"] * len(HEADER)):
         print_cells(cells)
     for key, median in medians.items():
-        used = few if key == "original" else data
+        data = sets[key]
+        epoch = f"{data.texts} texts, {data.tokens} tokens, {data.flops / 1e9:.0f} GFLOP"
         rounds = ", ".join(f"{speed:.1f}" for speed in speeds[key])
-        share = used.flops * median / used.texts / 1e9 / limit
-        ratios = [
-            f"{median / medians[other]:.2f}" if other in medians else ""
-            for other in (PEER, "before")
-        ]
-        print_cells([SYSTEMS[key], f"{median:.1f} ({rounds})", *ratios, f"{share:.0%}"])
+        share = data.flops * median / data.texts / 1e9 / limit
+        bases = [medians.get(other) for other in COMPARED]
+        ratios = [f"{median / base:.2f}" if base else "" for base in bases]
+        print_cells([SYSTEMS[key], epoch, f"{median:.1f} ({rounds})", *ratios, f"{share:.0%}"])
 
 
 def print_cells(cells):
@@ -271,7 +275,9 @@ def max_gflops(matmul, convert):
     rng, best = np.random.default_rng(0), 0
     for size in (1024, 2048):
         a, b = (convert(rng.normal(size=(size, size)).astype(np.float32)) for _ in range(2))
-        best = max(best, 2 * size**3 / min(timeit.repeat(lambda: matmul(a, b), number=1)) / 1e9)
+        best = max(
+            best, 2 * size**3 / min(timeit.repeat(lambda: matmul(a, b), number=1, repeat=10)) / 1e9
+        )
     return best
 
 
