@@ -696,15 +696,12 @@ class EncodedSet(tuple):
 def open_set(folder):
     """The EncodedSet in a folder; None if there is none or a file is missing or cut short."""
     folder = Path(folder)
-    if not folder.exists():
-        return None
     try:
         meta = json.loads((folder / SET_FILE).read_bytes())
         if all((folder / name).stat().st_size == size for name, size in meta["files"].items()):
             return EncodedSet(folder, meta)
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         pass
-    logger.warning("%s: damaged, so the texts are encoded anew", folder)
     return None
 
 
@@ -736,6 +733,8 @@ def encode_file(path, labels, tokenizer, max_seq_length, cache):
         with _made_folder(cache), _cache_lock(cache):
             if is_there():  # by now
                 return folder
+            if folder is not None and folder.exists():
+                logger.warning("%s: damaged, so the texts are encoded anew", folder)
             for leftover in cache.glob(".*.tmp"):  # of a killed process
                 shutil.rmtree(leftover)
             temporary = cache / f".{os.getpid()}.tmp"
