@@ -64,8 +64,18 @@ demo: $(VENV)/.requirements
 	@echo "  $(PY) train.py --device cpu --dataset_dir YOUR_FOLDER --model_name ernie-3.0-nano-zh"
 	@echo "without network, --model_name takes a local model folder (see README.md)"
 
+# Some tests compare with other software and are skipped without it: `make .venv-torch .venv-spark`
+# (Python 3.11 or 3.10; Spark also needs Java 17).
+.venv-torch: tests/requirements-torch.txt
+.venv-spark: deploy/spark/requirements.txt deploy/predictor/requirements.txt
+.venv-torch .venv-spark:
+	$(call find,3.11 3.10) -m venv $@
+	$@/bin/python -m pip install -q -r $<
+	@touch $@
+other = $(if $(wildcard .venv-$(1)),$(2)_PYTHON=$(CURDIR)/.venv-$(1)/bin/python)
+
 test: $(VENV)/.requirements-dev
-	$(PY) -m pytest -n 2 --dist loadfile $(TESTS)
+	$(call other,torch,TORCH) $(call other,spark,SPARK) $(PY) -m pytest -n 2 --dist loadfile $(TESTS)
 
 clean:
-	rm -rf .venv .venv-paddle3 $(DEMO) log
+	rm -rf .venv .venv-paddle3 .venv-torch .venv-spark $(DEMO) log

@@ -280,7 +280,9 @@ class Trainer:
         if self.rank == 0:
             self.log = TrainLog(self.save_dir / LOG_FILE, progress.log_size, args.visualdl_dir)
             if progress.log_size == 0:
-                self.log.write("start", 0, model_name=args.model_name, flags=self.identity)
+                sizes = {"train_texts": len(self.lengths), "dev_texts": len(self.dev_set[0])}
+                start = {"model_name": args.model_name, **sizes, "flags": self.identity}
+                self.log.write("start", 0, **start)
         if not resumed:
             self.save_state()  # --init_from_ckpt may be what the first best model replaces
         while progress.epoch < args.epochs:
