@@ -1,12 +1,14 @@
 """benchmarks/training_speed.py: its times, FLOPs and table; two systems in small."""
 
+import argparse
+import json
 import os
 import re
 import sys
 
 import pytest
 import training_speed
-from conftest import REPO
+from conftest import REPO, needs_environment
 
 import utils
 
@@ -168,3 +170,27 @@ def test_all_systems_that_can_run(flags, monkeypatch):
     assert training_speed.parse_args(flags).systems == [*own, *hugging_face]
     monkeypatch.setattr(training_speed, "processor_flags", set)
     assert training_speed.parse_args(flags).systems == [*own, *hugging_face[:-1]]
+
+
+def test_hugging_face_groups_by_length(tiny_model, tmp_path):
+    """Trainer ignores what it can't use without a word; the padding shows that it does not."""
+    python = needs_environment("TORCH_PYTHON")
+    args = argparse.Namespace(dataset_dir=REPO / "data", model_name=tiny_model)
+    data = training_speed.small_set(args, 640, tmp_path / "data")
+    output = training_speed.common.run(
+        REPO / "benchmarks" / "hf_trainer.py",
+        python=python,
+        dataset_dir=data.folder,
+        model_name=tiny_model,
+        batching="grouped",
+    )
+    result = json.loads(output.splitlines()[-1])
+    assert result["seconds"] > 0 and 0 < result["padding"] < random_padding(data, tiny_model) / 2
+
+
+def random_padding(data, model_name):
+    """The share of tokens that padding adds to batches of 32 texts in file order."""
+    _, (texts, _) = training_speed.common.read_data(data.folder, "train.txt")
+    encoded, _ = utils.encode(texts, utils.load_tokenizer(model_name), 128)
+    padded = sum(utils.pad(batch)["input_ids"].size for batch in utils.chunks(encoded, 32))
+    return padded / data.tokens - 1
