@@ -52,9 +52,10 @@ def read_log(path):
     missing or damaged."""
     records = {}
     for line in path.read_bytes().splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError, TypeError, KeyError):
+        with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
             record = json.loads(line)
-            records[record["event"]] = record
+            if isinstance(record.get("flags", {}), dict):
+                records[record["event"]] = record
     return records.get("start", {}), records.get("end", {})
 
 
@@ -73,7 +74,7 @@ def describe(folder, net, info, report=None):
     dev set was given.
     """
     config, (start, best) = utils.read_json(folder / utils.CONFIG_FILE), read_log(folder / LOG_FILE)
-    base = Path(start.get("model_name", "")).name
+    base = Path(str(start.get("model_name", ""))).name
     language = language_of(base, report["texts"] if report else info.labels)
     about = {
         "任务": "文本多标签分类",

@@ -434,6 +434,19 @@ def test_language_is_known_or_not(name, texts, language):
     assert model_card.language_of(name, texts) == language
 
 
+def test_damaged_lines_of_the_log(tmp_path):
+    lines = [
+        b'{"event": "start", "st',
+        b"\xff",
+        b"[]",
+        b"3",
+        b'{"event": "start", "flags": 3}',
+        b"{}",
+    ]
+    (tmp_path / "log").write_bytes(b"\n".join([*lines, b'{"event": "end", "micro_f1": 0.5}']))
+    assert model_card.read_log(tmp_path / "log") == ({}, {"event": "end", "micro_f1": 0.5})
+
+
 def test_names_that_are_not_unicode(constant, tmp_path):
     """As Python has them under another locale."""
     log = (constant / "train_log.jsonl").read_text("utf-8")
