@@ -4,9 +4,9 @@
         --dataset_dir data
 
 Run it with a Python that has deploy/spark/requirements.txt. Both sides label the texts a few times
-over, take turns, and use all cores that this process may use: Spark in its local mode, one task a
-core. The time that each needs for a tenth of the texts is taken off, since Spark and Python start
-once, for a hundred million texts as well.
+over, take turns, and use the same number of cores: Spark in its local mode, one task a core. The
+time that each needs for a tenth of the texts is taken off, since Spark and Python start once, for a
+hundred million texts as well.
 """
 
 import os
@@ -29,6 +29,7 @@ def parse_args(argv=None):
     add("--dataset_dir", required=True, help="folder of the data file")
     add("--data_file", default="dev.txt", help="texts; only the first column counts")
     add("--use_quantize", action="store_true", help="dynamic int8")
+    add("--num_threads", type=utils.at_least(1), default=utils.num_cores(), help="cores of a side")
     add("--copies", type=utils.at_least(1), default=10, help="of the texts in the longer run")
     add("--rounds", type=utils.at_least(1), default=3, help="turns of each side; medians count")
     return parser.parse_args(argv)
@@ -52,19 +53,15 @@ def main(argv=None):
     }
     medians = {side: values[len(values) // 2] for side, values in rates.items()}
     common.print_row(
-        cores=cores(),
+        cores=args.num_threads,
         texts=sizes[1],
         precision="int8" if args.use_quantize else "fp32",
         texts_per_second=medians,
         all_rounds=rates,
         spark_over_infer=medians["label.py"] / medians["infer.py"],
-        hours_for_1e9_texts_on_100_cores=1e9 / (medians["label.py"] / cores()) / 100 / 3600,
+        hours_for_1e9_texts_on_100_cores=1e7 * args.num_threads / medians["label.py"] / 3600,
         processor=common.processor(),
     )
-
-
-def cores():
-    return len(os.sched_getaffinity(0))
 
 
 def seconds(side, args, folder, size):
@@ -73,12 +70,12 @@ def seconds(side, args, folder, size):
     if side == "label.py":
         script = common.REPO / "deploy" / "spark" / "label.py"
         os.environ["PYSPARK_PYTHON"] = sys.executable
-        os.environ["PYSPARK_SUBMIT_ARGS"] = f"--master local[{cores()}] pyspark-shell"
+        os.environ["PYSPARK_SUBMIT_ARGS"] = f"--master local[{args.num_threads}] pyspark-shell"
         flags |= {"input": f"{folder}/{size}.txt", "output": f"{folder}/out", "overwrite": True}
     else:
         script = common.REPO / "deploy" / "predictor" / "infer.py"
         flags |= {"dataset_dir": folder, "data_file": f"{size}.txt", "device": "cpu"}
-        flags |= {"output_file": f"{folder}/out.txt", "num_threads": cores()}
+        flags |= {"output_file": f"{folder}/out.txt", "num_threads": args.num_threads}
     start = time.perf_counter()
     common.run(script, log=f"{folder}/log", **flags)
     return time.perf_counter() - start

@@ -263,11 +263,10 @@ def test_speed_benchmark(tmp_path, monkeypatch, capsys):
     clock = [0.0]
     monkeypatch.setattr(common, "run", run)
     monkeypatch.setattr(spark_speed.time, "perf_counter", lambda: clock[0])
-    monkeypatch.setattr(spark_speed, "cores", lambda: 2)
     for name in ("PYSPARK_PYTHON", "PYSPARK_SUBMIT_ARGS"):
         monkeypatch.setenv(name, "")  # restored afterwards
     flags = ["--model_path_prefix", "export/float32", "--dataset_dir", str(SAMPLE)]
-    spark_speed.main([*flags, "--rounds", "1"])
+    spark_speed.main([*flags, "--rounds", "1", "--num_threads", "2"])
     row = json.loads(capsys.readouterr().out)
     assert row["texts_per_second"] == {"label.py": 100, "infer.py": 200}
     assert (row["texts"], row["cores"], row["spark_over_infer"]) == (4000, 2, 0.5)
