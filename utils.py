@@ -250,6 +250,14 @@ def num_cores():
     return joblib.cpu_count(only_physical_cores=True)  # of Windows and macOS
 
 
+def processor():
+    """The processor's name; a speed means little without it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
 # ---------------------------------------------------------------------------------------- read
 def open_binary(path):
     """The file opened for reading; raises UserError if that fails."""

@@ -6,7 +6,6 @@ tokenizer, length and thresholds. The first one is what the others are compared 
 """
 
 import json
-import platform
 import shutil
 import string
 import subprocess
@@ -163,10 +162,7 @@ def device_name(device):
         query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
         names = subprocess.run(query, capture_output=True, text=True).stdout.split("\n")
         return ", ".join(sorted(set(filter(None, names)))) or device
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    return utils.processor()
 
 
 # --------------------------------------------------------------------------------------- decisions

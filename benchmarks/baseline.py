@@ -39,7 +39,7 @@ def main(argv=None):
         **common.f1_percent(counts),
         subset_accuracy=100 * counts.exact / counts.samples,
         seconds=time.perf_counter() - start,
-        processor=common.processor(),
+        processor=utils.processor(),
     )
 
 

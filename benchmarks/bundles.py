@@ -61,7 +61,7 @@ def main(argv=None):
             texts_per_second=PASSES * len(texts) / sum(times),
             p50_ms=1000 * float(np.percentile(times, 50)),
             times_first=sum(first) / sum(times),
-            processor=common.processor(),
+            processor=utils.processor(),
         )
 
 

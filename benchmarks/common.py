@@ -6,7 +6,6 @@ Importing it puts the project's folders on sys.path, so it comes before the proj
 import contextlib
 import json
 import multiprocessing
-import platform
 import shlex
 import shutil
 import subprocess
@@ -127,14 +126,6 @@ class Stopwatch:
         self.times.append(time.perf_counter() - start)
         self.shapes.append(batch["input_ids"].shape)
         return logits
-
-
-def processor():
-    """The processor's name; a speed means little without it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def rounded(value):

@@ -21,7 +21,7 @@ model, paddle = utils.LazyModule("model"), utils.LazyModule("paddle")
 
 
 def main():
-    print(f"Processor: {common.processor()}", flush=True)
+    print(f"Processor: {utils.processor()}", flush=True)
     os.environ.pop("MKL_DEBUG_CPU_TYPE", None)
     default = None
     for mkl in ({}, {"MKL_DEBUG_CPU_TYPE": "5"}):

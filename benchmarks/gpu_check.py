@@ -64,7 +64,7 @@ def machine():
             found.append(f"{name} {importlib.metadata.version(name)}")
         except importlib.metadata.PackageNotFoundError:
             continue
-    yield f"Python {platform.python_version()}, {', '.join(found)}; {common.processor()}"
+    yield f"Python {platform.python_version()}, {', '.join(found)}; {utils.processor()}"
     if shutil.which("nvidia-smi"):
         query = "--query-gpu=name,driver_version,compute_cap", "--format=csv,noheader"
         yield subprocess.run(["nvidia-smi", *query], capture_output=True, text=True).stdout.strip()

@@ -93,7 +93,7 @@ def main(argv=None):
         padding=sum(computed) / sum(map(len, encoded)) - 1,
         torch=torch.__version__,
         transformers=transformers.__version__,
-        processor=common.processor(),
+        processor=utils.processor(),
     )
 
 

@@ -104,7 +104,7 @@ def measure(labeller, texts, label_ids):
         labels_per_text=decisions.sum() / len(texts),
         gold_labels_per_text=sum(map(len, label_ids)) / len(texts),
         texts_per_second=len(texts) / seconds,
-        processor=common.processor(),
+        processor=utils.processor(),
     )
 
 

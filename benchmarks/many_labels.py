@@ -107,7 +107,7 @@ def run_size(num_labels, num_texts):
 
 def main(argv=None):
     args = parse_args(argv)
-    print(f"Processor: {common.processor()}\n")
+    print(f"Processor: {utils.processor()}\n")
     print(f"| {COLUMNS} |\n{'|---' * (COLUMNS.count('|') + 1)}|", flush=True)
     for size in args.sizes:
         for row in run_size(*size):

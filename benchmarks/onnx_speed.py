@@ -105,7 +105,7 @@ def measure(args, prefix):
         "num_threads": args.num_threads,
         "texts_per_second": {name: len(texts) / s for name, s in seconds.items()},
         "fp32_over_padded": seconds["padded fp32"] / seconds["fp32"],
-        "processor": common.processor(),
+        "processor": utils.processor(),
     }
     if args.device == "gpu":
         row["fp16_over_fp32"] = seconds["fp32"] / seconds["fp16"]

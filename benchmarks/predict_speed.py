@@ -79,7 +79,7 @@ def main(argv=None):
         ratio_to_plain_tuned=pipeline[0] / tuned[0],
         texts_with_other_labels=int((plain[2] != pipeline[2]).any(axis=1).sum()),
         largest_logit_difference=float(np.abs(plain[1] - pipeline[1]).max()),
-        processor=common.processor(),
+        processor=utils.processor(),
     )
 
 

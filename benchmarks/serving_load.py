@@ -19,7 +19,6 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
-import common
 import numpy as np
 import servers
 from predictor import Predictor
@@ -83,7 +82,7 @@ def main(argv=None):
         for _ in range(args.turns):
             for row in rows:
                 row.measure(args.seconds / args.turns, tolerance)
-    print(f"{common.processor()}, {utils.num_cores()} cores; medians and ranges of turns below\n")
+    print(f"{utils.processor()}, {utils.num_cores()} cores; medians and ranges of turns below\n")
     print(f"| {' | '.join(COLUMNS.split())} |", "|---" * len(COLUMNS.split()) + "|", sep="\n")
     for row in rows:
         print(row)

@@ -60,7 +60,7 @@ def main(argv=None):
         all_rounds=rates,
         spark_over_infer=medians["label.py"] / medians["infer.py"],
         hours_for_1e9_texts_on_100_cores=1e7 * args.num_threads / medians["label.py"] / 3600,
-        processor=common.processor(),
+        processor=utils.processor(),
     )
 
 

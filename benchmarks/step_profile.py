@@ -40,7 +40,7 @@ def main(argv=None):
             common.write_examples(Path(data) / file, texts[:size], label_ids[:size], labels)
         shutil.copy(Path(args.dataset_dir) / "label.txt", data)
         seconds, times = common.in_new_process(profile, args, data)
-    print(f"Processor: {common.processor()}")
+    print(f"Processor: {utils.processor()}")
     common.print_row(operator="all", wall_ms=1000 * seconds)
     for name, (calls, milliseconds) in list(times.items())[: args.rows]:
         common.print_row(operator=name, ms=milliseconds, calls=calls)

@@ -50,7 +50,7 @@ def main(argv=None):
             for ranks in args.ranks:
                 save_dir = folder / f"ranks_{ranks}"
                 cache = folder / "cache" if args.share_cache else None
-                row = {"processor": common.processor(), "texts": texts, "data_mb": megabytes}
+                row = {"processor": utils.processor(), "texts": texts, "data_mb": megabytes}
                 for start in ("cold", "resumed"):
                     found = run(args, folder, save_dir, ranks, cache)
                     common.print_row(**row, ranks=ranks, start=start, **found)

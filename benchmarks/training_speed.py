@@ -135,7 +135,7 @@ def main(argv=None):
 
 def print_table(speeds, sets, limit):
     """Markdown. speeds: samples/s of each system's rounds; sets: its data; limit: in GFLOP/s."""
-    processor = f"{common.processor()}, {utils.num_cores()} core(s)"
+    processor = f"{utils.processor()}, {utils.num_cores()} core(s)"
     print(f"{processor}, sgemm limit {limit:.0f} GFLOP/s\n")
     medians = {key: statistics.median(values) for key, values in speeds.items()}
     for cells in (HEADER, ["---"] * len(HEADER)):
