@@ -244,6 +244,8 @@ def test_threads_leave_no_trace(net, two_cores, monkeypatch):
                 optimizer.step()
                 optimizer.clear_grad(set_to_zero=False)
                 found.append(net.classifier.weight.numpy().tobytes())
+        for own, shared in zip(*(net.parameters() for net in replicas.nets)):
+            np.testing.assert_array_equal(own.numpy(), shared.numpy())
         return found
 
     start = {name: paddle.to_tensor(value.numpy()) for name, value in net.state_dict().items()}
