@@ -537,7 +537,7 @@ class _Rows(paddle.nn.Layer):
         row_of[token_ids] = np.arange(len(token_ids))
         self.register_buffer("row_of", paddle.to_tensor(row_of), persistable=False)
         self.weight = _parameter(table.weight.numpy()[token_ids])
-        self.padding_idx = None if table._padding_idx < 0 else table._padding_idx
+        self.padding_idx = table._padding_idx  # its row is the first one here, too
 
     def forward(self, input_ids):
         rows = paddle.gather(self.row_of, input_ids.flatten()).reshape(input_ids.shape)
