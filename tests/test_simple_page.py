@@ -24,7 +24,8 @@ FOLDER = REPO / "deploy" / "simple_serving"
 PAGE = (FOLDER / "index.html").read_text(encoding="utf-8")
 LABELS = utils.read_labels(SAMPLE / "label.txt")
 HOSTILE = '<img src=x onerror="alert(1)"><script>alert(2)</script>'
-# Of the second model: the label with the highest probability for the first text is never given.
+# Of the second model, which gives at least one label: the one with the highest probability for the
+# first text is never given.
 LIKELY = LABELS.index("准予离婚")
 THRESHOLDS = [1.0 if i == LIKELY else 0.1 for i in range(len(LABELS))]
 TEXTS = ["准予离婚。", "今天天气很好。", HOSTILE, "一、判决原告于某某与被告杨某某离婚；" * 12]
@@ -74,7 +75,7 @@ def server(bundle, tmp_path_factory):
     path = shutil.copytree(bundle, folder / "hostile") / utils.CONFIG_FILE
     config = utils.read_json(path)
     config["id2label"] = {str(i): f"{label}{HOSTILE}" for i, label in enumerate(LABELS)}
-    config["thresholds"] = THRESHOLDS
+    config["thresholds"], config["min_labels"] = THRESHOLDS, 1
     path.write_text(json.dumps(config), encoding="utf-8")
     models = f"plain={bundle / 'float32'}", f"hostile={folder / 'hostile' / 'float32'}"
     server = Server(*models, log=folder / "log.txt")
