@@ -368,6 +368,11 @@ def load_weights(path):
     return {k: v for k, v in weights.items() if isinstance(v, np.ndarray)}
 
 
+def weights_of(model):
+    """{parameter name: array} of a model."""
+    return {name: value.numpy() for name, value in model.state_dict().items()}
+
+
 def save_weights(file, weights):
     """Writes {parameter name: array} in the format of paddle.save to an open binary file."""
     pickle.dump(dict(weights), file, protocol=4)
@@ -400,7 +405,7 @@ def load_folder(folder, labels):
     """
     model = build_model(folder, len(labels))
     path, encoder = folder / WEIGHTS_FILE, model.base_model_prefix + "."
-    new = {name: value.numpy() for name, value in model.state_dict().items()}
+    new = weights_of(model)
     if path.exists():
         weights = load_weights(path)
         if not any(key.startswith(encoder) for key in weights):  # saved from the bare encoder
@@ -528,6 +533,7 @@ def average_gradients(parameters):
         gradient.set_value(part.reshape(gradient.shape))
 
 
+# ------------------------------------------------------- training: the rows of the embeddings
 class _Rows(paddle.nn.Layer):
     """An embedding table that holds only some rows of the whole one."""
 
@@ -550,8 +556,8 @@ def _parameter(array):
 
 
 class EmbeddingRows:
-    """Trains only the rows of the embeddings that the data uses; a third of them is often enough
-    for most of the parameters of a small model.
+    """Trains only the rows of the embeddings that the data uses: most parameters of a small model
+    are embeddings, and a data set may use a tenth of the vocabulary.
 
     Cuts the tables of `net` in place. token_ids: those that occur, in ascending order, [PAD] first;
     length: of the longest sequence. The gradient of any other row is always 0, so the weight decay
@@ -568,7 +574,7 @@ class EmbeddingRows:
     def weights(self, decay):
         """{parameter name: float32 array} with the whole tables. decay: product of
         1 - learning rate * weight decay over all steps."""
-        weights = {name: value.numpy() for name, value in self.net.state_dict().items()}
+        weights = weights_of(self.net)
         for name, rows in self.rows.items():
             full = (self.full[name] * decay).astype(np.float32)
             key = f"{self.net.base_model_prefix}.embeddings.{name}.weight"
@@ -577,6 +583,7 @@ class EmbeddingRows:
         return weights
 
 
+# ------------------------------------------------ training: a copy of the model for each core
 class Replicas:
     """Copies of a model that share its weights and train on shares of a batch, each in a thread.
 
@@ -651,6 +658,9 @@ def _keep_freed_memory():
             libc.mallopt(parameter, value)  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
 
 
+# ------------------------------------------------------ training: faster layers on the CPU
+# Paddle's kernels for these are slow on the CPU (benchmarks/step_profile.py); here they are put
+# together from its fast ones. fast_layers puts them in the place of Paddle's own.
 class _Linear(PyLayer):
     """x @ weight + bias. Paddle adds the bias in a pass of its own and sums its gradient slowly."""
 
@@ -795,7 +805,8 @@ def seed_dropout(seed):
 
 @contextlib.contextmanager
 def fast_layers():
-    """Inside the block layers on the CPU compute as above; elsewhere nothing changes."""
+    """Inside the block linear layers, layer norms, attention and dropout on the CPU are the ones
+    above, for all models; on other devices nothing changes."""
     if not _on_cpu():
         yield
         return
@@ -812,6 +823,7 @@ def fast_layers():
         yield
 
 
+# ---------------------------------------------------------------------------------- evaluation
 def evaluate(forward, encoded, label_ids, num_labels, batch_size):
     """Dev figures; the ranks share the batches, and the result does not depend on their number.
 
@@ -834,7 +846,7 @@ def evaluate(forward, encoded, label_ids, num_labels, batch_size):
 def write_weights(path, model, weights=None):
     """weights: {parameter name: array} instead of the model's own."""
     if weights is None:
-        weights = {name: value.numpy() for name, value in model.state_dict().items()}
+        weights = weights_of(model)
     with open(path, "wb") as file:
         save_weights(file, weights)
 

@@ -1328,6 +1328,12 @@ def atomic_file(path, mode="w"):
         temporary.unlink(missing_ok=True)
 
 
+def write_json(path, value):
+    """Writes an object as indented JSON; see atomic_file."""
+    with atomic_file(path) as file:
+        file.write(json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+
+
 def write_files(folder, contents):
     """Writes {file name: str or bytes} into a folder, which is made if it is missing.
 

@@ -5,7 +5,6 @@ Runtime: export/float32, or export/float32:int8 for another precision. Each mode
 tokenizer, length and thresholds. The first one is what the others are compared with.
 """
 
-import json
 import shutil
 import string
 import subprocess
@@ -235,9 +234,7 @@ def run(args):
         write_changed(file, models, texts, label_ids, given, sorted(changed))
     logger.info("Texts with other labels saved in %s", args.changed_path)
     if args.json_path:
-        with utils.atomic_file(args.json_path) as file:
-            json.dump(result, file, ensure_ascii=False, indent=2)
-            file.write("\n")
+        utils.write_json(args.json_path, result)
         logger.info("Report saved in %s", args.json_path)
     if args.report_path:
         page = render(models, result, labels, texts, label_ids, given, changed)

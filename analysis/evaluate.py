@@ -4,7 +4,6 @@ python evaluate.py --device cpu --dataset_dir ../data --params_path ../checkpoin
 python evaluate.py --device cpu --dataset_dir ../data --compare ../checkpoint ../export/float32:int8
 """
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -118,9 +117,7 @@ def main(argv=None):
     if args.tune_thresholds:
         reports["tuned"] = tune(args, kept, info)
     if args.json_path:
-        with utils.atomic_file(args.json_path) as file:
-            json.dump(reports, file, ensure_ascii=False, indent=2)
-            file.write("\n")
+        utils.write_json(args.json_path, reports)
         logger.info("Report saved in %s", args.json_path)
     if args.report_path:
         write_page(args, info, reports, *examples["dev"], kept)
@@ -236,9 +233,7 @@ def write_page(args, info, reports, texts, label_ids, kept):
 
 def save_thresholds(params_path, tuned):
     path = Path(params_path) / utils.CONFIG_FILE
-    config = {**utils.read_json(path), "thresholds": tuned}
-    with utils.atomic_file(path) as file:
-        file.write(json.dumps(config, ensure_ascii=False, indent=2) + "\n")
+    utils.write_json(path, {**utils.read_json(path), "thresholds": tuned})
 
 
 def tune(args, kept, info):
